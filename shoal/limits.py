@@ -1,0 +1,52 @@
+"""Every bound of Shoal, with its unit and its reason. At a bound we answer with a typed error that
+says what to do; nothing queues, recurses or grows without end.
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# -- requests -------------------------------------------------------------------------------------
+BODY_BYTES_MAX = 32 * MIB  # one request; what qdrant-client's uploaders send stays far below
+BATCH_POINTS_MAX = 65_536  # one upsert; keeps a log group, and so a torn tail, bounded
+BATCH_OPERATIONS_MAX = 1_000  # one points/batch request
+SEARCH_LIMIT_MAX = 10_000  # limit + offset: what one answer may hold and one shard must rank
+SCROLL_LIMIT_MAX = 10_000
+IDS_MAX = 65_536  # ids in one retrieve, delete or has_id
+VECTOR_DIM_MAX = 65_535
+VECTORS_PER_POINT_MAX = 64  # named vectors of one collection
+SPARSE_NONZERO_MAX = 65_536  # of one sparse vector
+MULTIVECTOR_ROWS_MAX = 1_024  # sub-vectors of one multivector
+PAYLOAD_BYTES_MAX = 8 * MIB  # of one point
+PAYLOAD_DEPTH_MAX = 64  # nesting of one payload: recursion in Python stays far from its limit
+FILTER_DEPTH_MAX = 32
+FILTER_CONDITIONS_MAX = 4_096  # in one filter, all levels together
+JSON_PATH_PARTS_MAX = 32
+TEXTS_PER_REQUEST_MAX = 4_096  # texts to embed in one request
+TEXT_BYTES_MAX = 256 * KIB  # of one text
+REQUEST_TIMEOUT_S_MAX = 3_600
+PENDING_REQUESTS_MAX = 1_024  # in flight in one process before it answers 429
+
+# -- names ----------------------------------------------------------------------------------------
+NAME_LENGTH_MAX = 255  # of a collection or vector, in bytes: they become file names
+COLLECTIONS_MAX = 1_000
+SHARDS_PER_COLLECTION_MAX = 64
+
+# -- the log --------------------------------------------------------------------------------------
+LOG_GROUP_BYTES_MAX = 8 * MIB  # one fsync; more waiting writes form the next group
+LOG_QUEUE_ENTRIES_MAX = 1_024  # waiting writes of one shard before it answers 429
+LOG_QUEUE_BYTES_MAX = 64 * MIB
+DISK_FREE_BYTES_MIN = 64 * MIB  # below, writes get 507: what is left lets a seal or merge finish
+
+# -- segments -------------------------------------------------------------------------------------
+SEAL_BYTES = 16 * MIB  # growing segment: vectors and payload; searched exactly in about 1 ms at 384 d
+SEAL_ROWS_MAX = 65_536
+FROZEN_SEGMENTS_MAX = 4  # sealed in memory, not yet on disk; more and writes wait
+SEGMENT_ROWS_MAX = 2_000_000  # merges stop here
+COLUMN_PATHS_MAX = 256  # payload paths with a column, per segment; others are read row by row
+SCAN_FLOATS_MAX = 7_680_000  # rows x dim up to which exact beats a filtered graph (20k x 384)
+INDEX_FLOATS_MIN = 3_840_000  # rows x dim from which a segment gets an index (10k x 384)
+BEAM_WIDTH_MAX = 1_024
+FILTER_CACHE_BYTES_MAX = 64 * MIB  # packed bitmaps kept per storage node
+VERIFY_ON_OPEN_BYTES_MAX = 4 * 1024 * MIB  # checksummed before ready; the rest by the scrubber

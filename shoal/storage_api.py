@@ -1,0 +1,255 @@
+"""What a coordinator asks of a storage node: the same whether the node is in this process or not.
+
+Requests may ask questions ("all points that match this filter"); the storage node turns them into
+log entries that hold effects only. Nothing here knows about HTTP or about disks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.api.filter import Filter
+from shoal.batch import PointBatch
+from shoal.ids import PointIds
+
+__all__ = [
+    "ClearPayload",
+    "Delete",
+    "DeletePayload",
+    "DeleteVectors",
+    "Distance",
+    "Hits",
+    "OverwritePayload",
+    "Scroll",
+    "Search",
+    "Selector",
+    "SetPayload",
+    "ShardInfo",
+    "ShardKey",
+    "ShardSpec",
+    "Storage",
+    "UpdateMode",
+    "UpdateVectors",
+    "Upsert",
+    "VectorSpec",
+    "Write",
+    "WriteResult",
+]
+
+
+class Distance(StrEnum):
+    COSINE = "Cosine"
+    DOT = "Dot"
+    EUCLID = "Euclid"
+    MANHATTAN = "Manhattan"
+
+    @property
+    def larger_is_better(self) -> bool:
+        return self in (Distance.COSINE, Distance.DOT)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """One dense vector (or multivector) of a collection, with the settings of its index.
+
+    index_bytes_min: a segment whose vectors take fewer bytes is scanned exactly.
+    """
+
+    dim: int
+    distance: Distance
+    multi: bool = False
+    hnsw_m: int = 16
+    hnsw_ef_construct: int = 200
+    index_bytes_min: int | None = None  # None: from limits.INDEX_FLOATS_MIN
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKey:
+    collection_id: int
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    key: ShardKey
+    collection: str  # for messages to people only; the key identifies
+    dense: dict[str, VectorSpec]
+    sparse: tuple[str, ...] = ()
+
+
+# -- writes ---------------------------------------------------------------------------------------
+class UpdateMode(StrEnum):
+    UPSERT = "upsert"
+    INSERT_ONLY = "insert_only"
+    UPDATE_ONLY = "update_only"
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Which points: exactly one of the two is set. Ids may repeat."""
+
+    ids: PointIds | None = None
+    filter: Filter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Upsert:
+    """Replace whole points. The same id twice in `points`: the later row wins.
+    update_filter: an existing point is replaced only if it matches; new ones are inserted."""
+
+    points: PointBatch
+    update_filter: Filter | None = None
+    mode: UpdateMode = UpdateMode.UPSERT
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateVectors:
+    """Replace the vectors present in `points`, keep the rest of each point."""
+
+    points: PointBatch
+    update_filter: Filter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    where: Selector
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteVectors:
+    where: Selector
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetPayload:
+    """Merge `payload` (JSON object bytes) into each point, at the top or at JSON path `key`."""
+
+    where: Selector
+    payload: bytes
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OverwritePayload:
+    where: Selector
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeletePayload:
+    where: Selector
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClearPayload:
+    where: Selector
+
+
+Write = (
+    Upsert
+    | UpdateVectors
+    | Delete
+    | DeleteVectors
+    | SetPayload
+    | OverwritePayload
+    | DeletePayload
+    | ClearPayload
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """sequence: log position; the write is durable and visible.
+    missing: the first selected id that does not exist, as a key. The others were changed."""
+
+    sequence: int
+    missing: int | None = None
+
+
+# -- reads ----------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Search:
+    """The `limit` best points for one dense query vector.
+
+    vector           (dim,) float32, finite; already normalised when the distance is Cosine
+    ef               beam width; None = default. exact: no index.
+    score_threshold  keep score >= it (Cosine, Dot) or <= it (Euclid, Manhattan)
+    with_vectors     True = all, or the names wanted
+    """
+
+    using: str
+    vector: NDArray[np.float32]
+    limit: int
+    filter: Filter | None = None
+    exclude: tuple[int, ...] = ()  # keys
+    score_threshold: float | None = None
+    exact: bool = False
+    ef: int | None = None
+    with_payload: bool = False
+    with_vectors: bool | tuple[str, ...] = False
+
+
+@dataclass(slots=True)
+class Hits:
+    """points and scores (n,) float32, best first; equal scores in ascending id order. n == limit
+    whenever at least `limit` points match; all n match the filter."""
+
+    points: PointBatch
+    scores: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Scroll:
+    """Points in ascending id order from key `start` (inclusive), at most `limit`."""
+
+    limit: int
+    start: int | None = None
+    filter: Filter | None = None
+    with_payload: bool = True
+    with_vectors: bool | tuple[str, ...] = False
+
+
+@dataclass(slots=True)
+class ShardInfo:
+    points: int = 0
+    indexed_vectors: int = 0  # vectors in segments that have an index
+    vectors: dict[str, int] = field(default_factory=dict)  # name -> points having it
+    segments: int = 0
+    pending: int = 0  # segments waiting for a merge or an index; 0 = settled
+    applied: int = 0  # log sequence number
+    bytes_on_disk: int = 0
+    stopped: str | None = None  # why this shard serves nothing, for people
+
+
+class Storage(Protocol):
+    """A storage node, near or far. Every method may raise the errors of shoal.errors.
+
+    A write is durable (fsynced by every in-sync replica) and visible when `write` returns. Cancelled
+    or timed out, it may still happen. `search`, `retrieve`, `scroll` and `count` see every write that
+    returned before they were called.
+    """
+
+    async def write(self, shard: ShardKey, op: Write) -> WriteResult: ...
+    async def search(self, shard: ShardKey, query: Search) -> Hits: ...
+    async def retrieve(
+        self,
+        shard: ShardKey,
+        ids: PointIds,
+        with_payload: bool,
+        with_vectors: bool | tuple[str, ...],
+    ) -> PointBatch:
+        """The points that exist, in the order asked; missing ids are skipped."""
+        ...
+
+    async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch: ...
+    async def count(self, shard: ShardKey, filter: Filter | None) -> int: ...
+    async def info(self, shard: ShardKey) -> ShardInfo: ...
+    async def create_shard(self, spec: ShardSpec) -> None: ...
+    async def drop_shard(self, shard: ShardKey) -> None: ...
