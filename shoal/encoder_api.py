@@ -1,0 +1,139 @@
+"""What the rest of Shoal knows about text encoders: the contract between the coordinator, which has
+texts, and whoever turns them into vectors (in this process, or a group of processes elsewhere).
+
+    coordinator ──texts, model name──▶ Encoder ──(n, dim) float32, unit length──▶ coordinator
+
+Names of models. The full name is what a vector is bound to and what `models()` lists. A caller may
+also use an alias, and upper or lower case does not matter: "all-MiniLM-L6-v2" and
+"sentence-transformers/all-minilm-l6-v2" are one model. `resolve_model` is the only place that
+decides this; it answers the full name or raises BadRequest naming what is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.errors import BadRequest
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "Embedding",
+    "Encoder",
+    "EncoderOptions",
+    "ModelInfo",
+    "Precision",
+    "resolve_model",
+]
+
+DEFAULT_MODEL = "sentence-transformers/all-minilm-l6-v2"
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """How an encoder runs in this process. The settings of a server end up here."""
+
+    model_paths: Mapping[str, Path] = field(default_factory=dict)
+    """More models: full name -> folder with config.json, tokenizer.json, model.safetensors."""
+    threads: int = 0
+    """CPU threads of one forward pass; 0 leaves one core of the machine to search and HTTP."""
+    precision: Precision = "auto"
+    """auto: bfloat16 where the CPU computes it in hardware, else float32."""
+    batch_tokens_max: int = 2_048
+    """Padded tokens of one forward pass: how long a query may wait behind bulk work."""
+    queue_texts_max: int = 16_384
+    """Texts waiting or in work before new requests are answered with Busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model that this encoder can use."""
+
+    name: str
+    """The full name, lower case; what `resolve_model` answers."""
+    dim: int
+    """Length of its vectors."""
+    max_tokens: int
+    """Tokens of a text that are read, the two special ones included; the rest is cut off."""
+    fingerprint: str | None
+    """sha256 (hex) over weights, tokenizer and configuration: equal fingerprints give equal
+    vectors up to rounding. None until the files have been read, on first use."""
+    aliases: tuple[str, ...] = ()
+    loaded: bool = False
+    """Whether the weights are in memory; if not, the next request waits for that (seconds)."""
+    precision: str | None = None
+    """float32 or bfloat16 once loaded."""
+    texts_total: int = 0
+    """Texts embedded since the process started."""
+    truncated_total: int = 0
+    """Of these, texts that were longer than `max_tokens` and lost their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The answer for n texts, in their order.
+
+    vectors    (n, dim) float32, C-contiguous, each row of length 1.
+    tokens     (n,) int32: tokens read, special ones included; at most max_tokens.
+    truncated  (n,) bool: the text was longer than that, and its end does not count.
+    """
+
+    vectors: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+    truncated: NDArray[np.bool_]
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors. Safe to call from many tasks at once; calls are batched together."""
+
+    async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
+        """n texts -> (n, dim) float32, C-contiguous, rows of length 1, in the order of `texts`.
+
+        n may be 0. Few texts (a query) overtake many (an indexing batch) between forward passes.
+        A text longer than the model reads is cut; use `encode` to learn which ones were.
+
+        BadRequest    unknown model, a text that is too large, or too many texts at once.
+        Busy          the queue is full; nothing was embedded.
+        NotSupported  this installation has no encoder; the message says what to install.
+        Unavailable   the encoder is closing.
+        """
+        ...
+
+    async def encode(self, texts: Sequence[str], model: str) -> Embedding:
+        """As `embed`, and says how many tokens were read and which texts were cut."""
+        ...
+
+    async def prepare(self, model: str) -> ModelInfo:
+        """Load the model now, so that the first request need not wait; answers its full info,
+        fingerprint included. Same errors as `embed`."""
+        ...
+
+    def models(self) -> list[ModelInfo]:
+        """Every model that can be used here, by name. Cheap; loads nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Answer what waits with Unavailable and end the encoder's threads. Idempotent."""
+        ...
+
+
+def resolve_model(name: str, aliases_by_model: Mapping[str, Iterable[str]]) -> str:
+    """The full name for `name`, which may be a full name or an alias, in any case.
+
+    aliases_by_model  full name (lower case) -> its aliases. BadRequest when nothing fits.
+    """
+    wanted = name.strip().lower()
+    for full_name, aliases in aliases_by_model.items():
+        if wanted == full_name or any(wanted == alias.lower() for alias in aliases):
+            return full_name
+    known = ", ".join(sorted(aliases_by_model)) or "none; this server has no encoder"
+    raise BadRequest(
+        f"Wrong input: model {name!r} is not known here; models of this server: {known}"
+    )
