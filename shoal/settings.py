@@ -64,7 +64,7 @@ _UNITS |= {f"{unit}IB": 1024 ** (power + 1) for power, unit in enumerate("KMGT")
 
 
 def _parse_bytes(value: object) -> object:
-    """ "16MiB", "16 MB", "16777216" -> bytes. What is no such text is left to pydantic to refuse."""
+    """Text such as 16MiB, 16 MB or 16777216 -> bytes; pydantic refuses what is left as text."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -269,7 +269,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def load_settings(flags: Mapping[str, object], config: Path | None = None) -> LoadedSettings:
-    """Merge flags, the process's environment, the settings file and the defaults; check every value.
+    """Merge flags, environment variables, the settings file and defaults; check every value.
 
     flags    setting name -> value, only those that were given.
     config   the TOML file of `--config`; None: the one that SHOAL_CONFIG names, or no file.

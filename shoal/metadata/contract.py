@@ -1,0 +1,150 @@
+"""The metadata store: who exists, what collections there are, who holds which shard.
+
+The docstrings here are the contract. `tests/contract/test_metadata.py` runs one suite against every
+implementation: the embedded one (one SQLite file, one process) and, for a cluster, etcd.
+
+    revision   1    2    3    4    5        one counter for the whole store
+               a=x  b=y  a=z       c=w      get("a") -> (z, revision 3)
+                              -b            watch("", 3) -> [-b @4] [c=w @5]
+
+Keys are texts such as `collections/books`, ordered by their UTF-8 bytes; values are bytes. All
+changes of one transaction share one revision. A prefix sees gaps in the revisions: the counter is
+the store's, so nobody may wait for "the next number".
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.errors import BadRequest, BodyTooLarge, ShoalError, TimedOut
+
+__all__ = [
+    "TXN_BYTES_MAX",
+    "TXN_OPERATIONS_MAX",
+    "Compacted",
+    "Compare",
+    "Event",
+    "KeyValue",
+    "MetadataStore",
+    "TxnResult",
+    "Uncertain",
+    "check_txn",
+]
+
+TXN_OPERATIONS_MAX = 128  # compares, puts and deletes together: etcd's default bound
+TXN_BYTES_MAX = 1024 * 1024  # keys and values together; etcd refuses requests of 1.5 MiB
+
+
+class Uncertain(TimedOut):
+    """A transaction failed in a way that leaves open whether it happened. Never send it again
+    blindly: read the keys first."""
+
+
+class Compacted(ShoalError):
+    """The changes after this revision are no longer kept. Read everything anew with `range` and
+    watch from the revision which that gave. Deletes in the gap show only as absence."""
+
+    status_code = 503
+    retryable = True
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """revision: of the transaction that put this value (etcd: mod_revision)."""
+
+    key: str
+    value: bytes
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Holds when `key` was last changed at `revision`; 0: when the key is absent."""
+
+    key: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class TxnResult:
+    """ok: all compares held and the changes were made.
+    revision: the one that the changes got; when nothing changed, the store's at that moment."""
+
+    ok: bool
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change. value None: the key was deleted."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class MetadataStore(Protocol):
+    """Every method may raise Unavailable: the store is closed, or nobody answers. Nothing happened
+    then."""
+
+    async def get(self, key: str) -> KeyValue | None:
+        """The value as of now: sees every transaction that returned before the call (linearizable).
+        None: absent."""
+        ...
+
+    async def range(self, prefix: str) -> tuple[list[KeyValue], int]:
+        """All keys that begin with `prefix` ("" = all), in key order, and the store's revision, as
+        one consistent moment. `watch(prefix, revision)` then gives every later change."""
+        ...
+
+    async def txn(
+        self,
+        compares: Sequence[Compare],
+        puts: Mapping[str, bytes],
+        deletes: Sequence[str] = (),
+    ) -> TxnResult:
+        """If all `compares` hold, make all changes at one new revision; else change nothing.
+
+        Durable when it returns (etcd: on a majority). Deleting an absent key is no change; a put
+        always is one. A key may stand once in puts and deletes together.
+        Raises  BadRequest or BodyTooLarge: outside the bounds above. StorageFull: nothing happened.
+                Uncertain: it may have happened.
+        """
+        ...
+
+    def watch(self, prefix: str, from_revision: int) -> AsyncIterator[list[Event]]:
+        """Every change of a key under `prefix` with a revision later than `from_revision`, none
+        twice, in revision order. A list holds whole revisions: one is never split over two lists.
+
+        Ends when the store is closed. Raises Compacted when the changes are no longer kept, at once
+        or later, when the caller read too slowly.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free everything. Watches end. May be called twice."""
+        ...
+
+
+def check_txn(
+    compares: Sequence[Compare], puts: Mapping[str, bytes], deletes: Sequence[str]
+) -> None:
+    """The bounds of `txn`, the same in every implementation. Raises BadRequest or BodyTooLarge."""
+    count = len(compares) + len(puts) + len(deletes)
+    if count > TXN_OPERATIONS_MAX:
+        raise BadRequest(
+            f"Bad request: a metadata transaction of {count} operations, "
+            f"{TXN_OPERATIONS_MAX} are allowed"
+        )
+    for keys in ([c.key for c in compares], [*puts, *deletes]):
+        if len(set(keys)) != len(keys) or "" in keys:
+            raise BadRequest(
+                "Bad request: a key stands twice in a metadata transaction, or is empty"
+            )
+    size = sum(len(key.encode()) + len(value) for key, value in puts.items())
+    if size > TXN_BYTES_MAX:
+        raise BodyTooLarge(
+            f"Bad request: {size} bytes of metadata in one change, {TXN_BYTES_MAX} are allowed"
+        )

@@ -1,0 +1,482 @@
+"""One suite for every implementation of `MetadataStore`, and what the embedded one adds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import (
+    BadRequest,
+    BodyTooLarge,
+    DataDirectoryLocked,
+    FormatTooNew,
+    StartupError,
+    StorageFull,
+    Unavailable,
+)
+from shoal.metadata import embedded
+from shoal.metadata.contract import (
+    TXN_BYTES_MAX,
+    TXN_OPERATIONS_MAX,
+    Compacted,
+    Compare,
+    Event,
+    KeyValue,
+    MetadataStore,
+    TxnResult,
+    Uncertain,
+)
+from shoal.metadata.embedded import EmbeddedStore
+
+Test = Callable[[MetadataStore], Awaitable[None]]
+
+
+@asynccontextmanager
+async def embedded_store(path: Path) -> AsyncIterator[MetadataStore]:
+    store = await EmbeddedStore.open(path / "metadata.sqlite")
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+IMPLEMENTATIONS = {"embedded": embedded_store}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Test], None]:
+    """run(test) calls `test(store)` on a new, empty store."""
+
+    def call(test: Test) -> None:
+        async def main() -> None:
+            async with IMPLEMENTATIONS[request.param](tmp_path) as store:
+                await asyncio.wait_for(test(store), 10)
+
+        asyncio.run(main())
+
+    return call
+
+
+def test_a_put_is_read_back_with_its_revision(run):
+    async def test(store):
+        assert await store.get("a") is None
+        first = await store.txn([], {"a": b"x", "b": b""})
+        second = await store.txn([], {"a": b"\x00\xff"})
+        assert (first.ok, second.ok) == (True, True)
+        assert second.revision > first.revision > 0
+        assert await store.get("a") == KeyValue("a", b"\x00\xff", second.revision)
+        assert await store.get("b") == KeyValue("b", b"", first.revision)
+
+    run(test)
+
+
+def test_range_is_ordered_exact_and_tells_the_revision(run):
+    async def test(store):
+        keys = ["a", "a/1", "a/10", "a/2", "A/1", "a%", "a_", "a/ü", "a/\U0001f600", "b"]
+        for key in keys:
+            last = await store.txn([], {key: key.encode()})
+        found, revision = await store.range("a/")
+        wanted = sorted((k for k in keys if k.startswith("a/")), key=str.encode)
+        assert [kv.key for kv in found] == wanted
+        assert all(kv.value == kv.key.encode() for kv in found)
+        assert revision == last.revision
+        everything, _ = await store.range("")
+        assert [kv.key for kv in everything] == sorted(keys, key=str.encode)
+        assert await store.range("zzz") == ([], revision)
+
+    run(test)
+
+
+def test_txn_changes_all_or_nothing(run):
+    async def test(store):
+        made = await store.txn([Compare("a", 0)], {"a": b"1"})
+        assert made.ok
+        refused = await store.txn([Compare("a", 0), Compare("b", 0)], {"a": b"2", "b": b"2"}, ["c"])
+        assert refused == TxnResult(False, made.revision)
+        assert (await store.get("a")).value == b"1"
+        assert await store.get("b") is None
+        moved = await store.txn([Compare("a", made.revision), Compare("b", 0)], {"b": b"3"}, ["a"])
+        assert moved.ok
+        assert await store.get("a") is None
+        again = await store.txn([Compare("a", made.revision)], {"c": b""})
+        assert not again.ok
+        assert (await store.txn([Compare("a", 0)], {"a": b"4"})).ok
+
+    run(test)
+
+
+def test_what_changes_nothing_makes_no_revision(run):
+    async def test(store):
+        made = await store.txn([], {"a": b"1"})
+        assert await store.txn([], {}, ["absent"]) == TxnResult(True, made.revision)
+        assert await store.txn([Compare("a", made.revision)], {}) == TxnResult(True, made.revision)
+        put_again = await store.txn([], {"a": b"1"})
+        assert put_again.revision > made.revision  # a put is a change, whatever its value
+
+    run(test)
+
+
+def test_bounds(run):
+    async def test(store):
+        many = {f"k{i}": b"" for i in range(TXN_OPERATIONS_MAX)}
+        assert (await store.txn([], many)).ok
+        with pytest.raises(BadRequest, match="129 operations"):
+            await store.txn([Compare("x", 0)], many)
+        with pytest.raises(BodyTooLarge):
+            await store.txn([], {"a": bytes(TXN_BYTES_MAX)})
+        with pytest.raises(BadRequest, match="twice"):
+            await store.txn([], {"a": b""}, ["a"])
+        with pytest.raises(BadRequest, match="twice"):
+            await store.txn([Compare("a", 0), Compare("a", 1)], {})
+        with pytest.raises(BadRequest, match="empty"):
+            await store.txn([], {"": b""})
+
+    run(test)
+
+
+def test_compare_and_swap_never_loses_an_increment(run):
+    async def test(store):
+        await store.txn([], {"n": b"0"})
+        refused = 0
+
+        async def add(times: int) -> None:
+            nonlocal refused
+            while times:
+                now = await store.get("n")
+                value = str(int(now.value) + 1).encode()
+                result = await store.txn([Compare("n", now.revision)], {"n": value})
+                times -= result.ok
+                refused += not result.ok
+
+        await asyncio.gather(*(add(10) for _ in range(5)))
+        assert (await store.get("n")).value == b"50"
+        assert refused > 0  # else this test saw no contention and shows nothing
+
+    run(test)
+
+
+async def take(watch: AsyncIterator[list[Event]], count: int) -> list[Event]:
+    events: list[Event] = []
+    while len(events) < count:
+        batch = await anext(watch)
+        assert batch
+        assert not events or batch[0].revision > events[-1].revision
+        events += batch
+    return events
+
+
+def test_watch_gives_every_later_change_in_order(run):
+    async def test(store):
+        await store.txn([], {"p/a": b"old"})
+        first = await store.txn([], {"p/b": b"1"})
+        _, revision = await store.range("p/")
+        second = await store.txn([], {"p/a": b"2", "q": b"other", "p/c": b"2"})
+        await store.txn([], {"q": b"other"})
+        third = await store.txn([], {}, ["p/b", "p/absent"])
+        watch = store.watch("p/", revision)
+        events = await take(watch, 3)
+        assert sorted(events[:2], key=lambda e: e.key) == [
+            Event("p/a", b"2", second.revision),
+            Event("p/c", b"2", second.revision),
+        ]
+        assert events[2] == Event("p/b", None, third.revision)
+        waiting = asyncio.ensure_future(anext(watch))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        fourth = await store.txn([], {"p/d": b"4"})
+        assert await waiting == [Event("p/d", b"4", fourth.revision)]
+        earlier = store.watch("p/b", first.revision - 1)
+        assert [e.value for e in await take(earlier, 2)] == [b"1", None]
+
+    run(test)
+
+
+def test_watchers_agree_with_a_model_under_random_changes(run):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+
+    async def test(store):
+        dice = random.Random(seed)
+        model: dict[str, bytes] = {}
+        seen: dict[str, bytes] = {}
+        last = 0
+
+        async def follow() -> None:
+            nonlocal last
+            async for batch in store.watch("", 0):
+                for event in batch:
+                    assert event.revision >= last
+                    last = event.revision
+                    if event.value is None:
+                        del seen[event.key]
+                    else:
+                        seen[event.key] = event.value
+                if "end" in seen:
+                    return
+
+        follower = asyncio.ensure_future(follow())
+        for _ in range(100):
+            keys = dice.sample("abcdefgh", 4)
+            puts = {key: dice.randbytes(3) for key in keys[: dice.randrange(3)]}
+            deletes = keys[2 : 2 + dice.randrange(3)]
+            await store.txn([], puts, deletes)
+            model |= puts
+            for key in deletes:
+                model.pop(key, None)
+        await store.txn([], {"end": b""})
+        await follower
+        assert seen == model | {"end": b""}
+        found, revision = await store.range("")
+        assert {kv.key: kv.value for kv in found} == seen
+        assert revision == last
+
+    run(test)
+
+
+def test_close_ends_watches_and_refuses_the_rest(run):
+    async def test(store):
+        watch = store.watch("", 0)
+        waiting = asyncio.ensure_future(anext(watch, None))
+        await asyncio.sleep(0)
+        await store.close()
+        assert await waiting is None
+        with pytest.raises(Unavailable, match="closed"):
+            await store.get("a")
+        with pytest.raises(Unavailable, match="closed"):
+            await store.txn([], {"a": b""})
+        await store.close()
+
+    run(test)
+
+
+# -- what only the embedded store promises --------------------------------------------------------
+
+
+def test_embedded_keeps_everything_over_a_restart(tmp_path):
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            await store.txn([], {"a": b"1", "b": b"2"})
+            last = await store.txn([], {}, ["b"])
+        async with embedded_store(tmp_path) as store:
+            found, revision = await store.range("")
+            assert (revision, [kv.key for kv in found]) == (last.revision, ["a"])
+            watch = store.watch("", revision)
+            changed = await store.txn([], {"c": b""})
+            assert await anext(watch) == [Event("c", b"", changed.revision)]
+            with pytest.raises(Compacted, match="Read anew"):
+                await anext(store.watch("", revision - 1))
+
+    asyncio.run(main())
+
+
+def test_embedded_slow_watcher_is_told_that_it_lost_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "HISTORY_REVISIONS_MAX", 3)
+
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            slow = store.watch("", 0)
+            await store.txn([], {"a": b"0"})
+            assert len(await anext(slow)) == 1
+            for _ in range(3):
+                last = await store.txn([], {"a": b"1"})
+            assert len(await anext(slow)) == 3
+            for _ in range(4):
+                last = await store.txn([], {"a": b"2"})
+            with pytest.raises(Compacted):
+                await anext(slow)
+            fresh = store.watch("", last.revision - 3)
+            assert len(await anext(fresh)) == 3
+
+    asyncio.run(main())
+
+
+def test_embedded_change_of_a_cancelled_caller_is_not_half_done(tmp_path):
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            task = asyncio.ensure_future(store.txn([], {"a": b"1", "b": b"1"}))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            found, revision = await store.range("")
+            assert len(found) in (0, 2)
+            if found:
+                assert len(await anext(store.watch("", 0))) == 2
+            assert revision == (1 if found else 0)
+
+    asyncio.run(main())
+
+
+def test_embedded_second_opener_is_refused(tmp_path):
+    async def main() -> None:
+        async with embedded_store(tmp_path):
+            with pytest.raises(DataDirectoryLocked):
+                await EmbeddedStore.open(tmp_path / "metadata.sqlite")
+        async with embedded_store(tmp_path) as store:
+            assert await store.get("a") is None
+
+    asyncio.run(main())
+
+
+def test_embedded_full_disk_changes_nothing_and_is_survived(tmp_path):
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            store = await stack.enter_async_context(embedded_store(tmp_path))
+            made = await store.txn([], {"a": b"1"})
+            db = store._db
+            pages = db.execute("PRAGMA page_count").fetchone()[0]
+            db.execute(f"PRAGMA max_page_count = {pages}")
+            with pytest.raises(StorageFull, match="not made"):
+                await store.txn([], {"a": bytes(100_000)})
+            assert await store.get("a") == KeyValue("a", b"1", made.revision)
+            db.execute("PRAGMA max_page_count = 100000")
+            assert (await store.txn([Compare("a", made.revision)], {"a": b"2"})).ok
+
+    asyncio.run(main())
+
+
+_WRITE_FAILS = """
+import asyncio, resource, signal, sys
+from pathlib import Path
+from shoal.errors import Unavailable
+from shoal.metadata.contract import Uncertain
+from shoal.metadata.embedded import EmbeddedStore
+
+async def main():
+    store = await EmbeddedStore.open(Path(sys.argv[1]))
+    await store.txn([], {"a": b"1"})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # writes now fail with EFBIG
+    for error in (Uncertain, Unavailable):
+        try:
+            await store.txn([], {"a": bytes(50_000)})
+        except error as found:
+            assert "start Shoal again" in found.message
+        else:
+            raise SystemExit(f"no {error}")
+
+asyncio.run(main())
+"""
+
+
+def test_embedded_stops_after_a_disk_error(tmp_path):
+    path = tmp_path / "metadata.sqlite"
+    subprocess.run([sys.executable, "-c", _WRITE_FAILS, path], check=True, timeout=30)
+
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            assert (await store.get("a")).value == b"1"
+
+    assert issubclass(Uncertain, Exception)
+    assert Uncertain.maybe_applied
+    asyncio.run(main())
+
+
+_WRITER = """
+import asyncio, sys
+from pathlib import Path
+from shoal.metadata.embedded import EmbeddedStore
+
+async def main():
+    store = await EmbeddedStore.open(Path(sys.argv[1]))
+    number = 0
+    while True:
+        number += 1
+        key = str(number).encode()
+        await store.txn([], {"last": key, f"n/{number % 7}": key})
+        sys.stdout.write(f"{number}\\n")
+        sys.stdout.flush()
+
+asyncio.run(main())
+"""
+
+
+def test_embedded_loses_no_acknowledged_write_to_kill_9(tmp_path):
+    path = tmp_path / "metadata.sqlite"
+    dice = random.Random(7)
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", _WRITER, path], stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout is not None
+            acknowledged = 0
+            for _ in range(dice.randrange(5, 60)):
+                acknowledged = int(writer.stdout.readline())
+            writer.send_signal(signal.SIGKILL)
+            rest = writer.stdout.read().splitlines(keepends=True)
+            acknowledged = int(next((x for x in reversed(rest) if x.endswith("\n")), acknowledged))
+
+        async def main(acknowledged: int) -> None:
+            async with embedded_store(tmp_path) as store:
+                last = int((await store.get("last")).value)
+                assert last in (acknowledged, acknowledged + 1)
+                assert (await store.get(f"n/{last % 7}")).value == str(last).encode()
+
+        asyncio.run(main(acknowledged))
+
+
+def test_embedded_syncs_every_commit(tmp_path):
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+            assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+    asyncio.run(main())
+
+
+def test_embedded_refuses_a_newer_format(tmp_path):
+    path = tmp_path / "metadata.sqlite"
+
+    async def main() -> None:
+        async with embedded_store(tmp_path):
+            pass
+        with sqlite3.connect(path) as db:
+            db.execute("PRAGMA user_version = 2")
+        db.close()
+        before = path.read_bytes()
+        with pytest.raises(FormatTooNew, match="format 2"):
+            await EmbeddedStore.open(path)
+        assert path.read_bytes() == before
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("damage", ["not sqlite", "other database", "torn page", "folder"])
+def test_embedded_says_what_is_wrong_with_its_file(tmp_path, damage):
+    path = tmp_path / "metadata.sqlite"
+
+    async def fill() -> None:
+        async with embedded_store(tmp_path) as store:
+            await store.txn([], {f"k{i}": bytes(5000) for i in range(100)})
+
+    if damage == "not sqlite":
+        path.write_bytes(b"hello" * 1000)
+    elif damage == "other database":
+        db = sqlite3.connect(path)
+        db.execute("CREATE TABLE t (x)")
+        db.close()
+    elif damage == "torn page":
+        asyncio.run(fill())
+        content = bytearray(path.read_bytes())
+        content[4096 * 2 : 4096 * 20] = bytes(4096 * 18)
+        path.write_bytes(content)
+    else:
+        path.mkdir()
+
+    before = path.read_bytes() if path.is_file() else b""
+
+    async def main() -> None:
+        with pytest.raises(StartupError, match=r"metadata\.sqlite"):
+            await EmbeddedStore.open(path)
+
+    asyncio.run(main())
+    assert (path.read_bytes() if path.is_file() else b"") == before
