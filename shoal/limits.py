@@ -22,6 +22,8 @@ PAYLOAD_BYTES_MAX = 8 * MIB  # of one point
 PAYLOAD_DEPTH_MAX = 64  # nesting of one payload: recursion in Python stays far from its limit
 FILTER_DEPTH_MAX = 32
 FILTER_CONDITIONS_MAX = 4_096  # in one filter, all levels together
+MATCH_VALUES_MAX = 65_536  # values of one `any` or `except`
+POLYGON_POINTS_MAX = 16_384  # of one geo_polygon, holes included: each is tested against every row
 JSON_PATH_PARTS_MAX = 32
 TEXTS_PER_REQUEST_MAX = 4_096  # texts to embed in one request
 TEXT_BYTES_MAX = 256 * KIB  # of one text
@@ -40,7 +42,9 @@ LOG_QUEUE_BYTES_MAX = 64 * MIB
 DISK_FREE_BYTES_MIN = 64 * MIB  # below, writes get 507: what is left lets a seal or merge finish
 
 # -- segments -------------------------------------------------------------------------------------
-SEAL_BYTES = 16 * MIB  # growing segment: vectors and payload; searched exactly in about 1 ms at 384 d
+SEAL_BYTES = (
+    16 * MIB
+)  # growing segment: vectors and payload; searched exactly in about 1 ms at 384 d
 SEAL_ROWS_MAX = 65_536
 FROZEN_SEGMENTS_MAX = 4  # sealed in memory, not yet on disk; more and writes wait
 SEGMENT_ROWS_MAX = 2_000_000  # merges stop here
