@@ -1,0 +1,101 @@
+"""Fixtures of the whole suite: a server of one's own, and one that is shared.
+
+`make_server`   a factory of private servers, for tests that stop, kill or damage them.
+`server`        one server for the whole run; tests take a collection name of their own.
+`client`        a real QdrantClient on `server`.
+`collection`    a name that no other test uses.
+
+A test that fails prints the end of the log of every server that it used.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from harness import Server
+from qdrant_client import QdrantClient
+
+_SERVERS: pytest.StashKey[list[Server]] = pytest.StashKey()
+
+MakeServer = Callable[..., Server]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
+    report = yield
+    if report.failed:
+        for used in item.stash.get(_SERVERS, []):
+            report.sections.append((f"log of the server on {used.data_dir}", used.log_tail()))
+    return report
+
+
+def _remember(request: pytest.FixtureRequest, server: Server) -> None:
+    request.node.stash.setdefault(_SERVERS, []).append(server)
+
+
+@pytest.fixture
+def make_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeServer]:
+    """make_server(**settings) -> Server, started; `start=False` leaves that to the test,
+    `data_dir=` names the folder, `fault=` sets a fault point."""
+    made: list[Server] = []
+
+    def make(
+        *,
+        start: bool = True,
+        data_dir: Path | None = None,
+        fault: str | None = None,
+        **settings: Any,
+    ) -> Server:
+        folder = data_dir if data_dir is not None else tmp_path / f"data{len(made)}"
+        server = Server(folder, settings=settings, fault=fault)
+        made.append(server)
+        _remember(request, server)
+        return server.start() if start else server
+
+    yield make
+    for server in made:
+        server.kill9()
+
+
+@pytest.fixture(scope="session")
+def _shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("shared") / "data", settings={"seal_bytes": 65_536})
+    server.start()
+    try:
+        yield server
+        assert server.stop() == 0, server.log_tail()
+    finally:
+        server.kill9()
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, _shared_server: Server) -> Server:
+    _remember(request, _shared_server)
+    if not _shared_server.running:
+        raise _shared_server.failed(
+            f"the shared server died (exit {_shared_server.returncode}) in an earlier test"
+        )
+    return _shared_server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[QdrantClient]:
+    client = server.client()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.http() as http:
+        yield http
+
+
+@pytest.fixture
+def collection(request: pytest.FixtureRequest) -> str:
+    return f"{request.node.originalname}-{uuid.uuid4().hex[:8]}"[-80:]
