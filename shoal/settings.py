@@ -44,11 +44,13 @@ from shoal.errors import SettingsError
 __all__ = [
     "CONFIG_VARIABLE",
     "ENV_PREFIX",
+    "SETTING_NAMES",
     "CoordinatorSettings",
     "EncoderSettings",
     "LoadedSettings",
     "ServeSettings",
     "StorageSettings",
+    "display",
     "load_settings",
     "nearest",
 ]
@@ -147,19 +149,23 @@ class EncoderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    encoder_model: str = _setting(
-        "sentence-transformers/all-minilm-l6-v2",
-        right="the name of a model that is installed, or none",
-        about='The model that turns text into vectors. It is loaded at the first text; "none" '
-        "switches text off.",
-        min_length=1,
+    encoder: Literal["off", "lazy", "preload"] = _setting(
+        "lazy",
+        right="off, lazy or preload",
+        about="Text in place of vectors: off; lazy loads a model at its first text; preload "
+        "loads the default model right after the start.",
     )
     encoder_threads: int = _setting(
-        _cores,
-        right="a whole number from 1 to 1024",
-        about="Threads that the encoder computes with. Default: one per core.",
-        ge=1,
+        0,
+        right="a whole number from 0 to 1024",
+        about="Threads that the encoder computes with; 0 leaves one core to the rest.",
+        ge=0,
         le=1024,
+    )
+    encoder_precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto",
+        right="auto, float32 or bfloat16",
+        about="Numbers that the encoder computes with; auto takes bfloat16 where the CPU has it.",
     )
 
 
@@ -254,12 +260,32 @@ class ServeSettings(BaseSettings, CoordinatorSettings, EncoderSettings, StorageS
         return (init_settings,)
 
 
+SETTING_NAMES = (
+    *(name for name in ServeSettings.model_fields if name in ServeSettings.__annotations__),
+    *(name for name in ServeSettings.model_fields if name not in ServeSettings.__annotations__),
+)  # in the order to show them: where and how to serve first, then tuning
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedSettings:
     """origins: setting -> "--http-port", "SHOAL_HTTP_PORT", "shoal.toml" or "default"."""
 
     settings: ServeSettings
     origins: dict[str, str]
+
+
+def display(name: str, value: object) -> str:
+    """A value for people, as the settings file would have it. Sizes in the largest whole unit;
+    of a secret only that it is set."""
+    if value is None:
+        return "none"
+    if isinstance(value, SecretStr):
+        return "(set)"
+    if "bytes" in name and isinstance(value, int):
+        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if value and value % size == 0:
+                return f"{value // size}{unit}"
+    return str(value)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -283,7 +309,7 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Lo
         (flags, lambda name: "--" + name.replace("_", "-")),
     ]
     values: dict[str, object] = {}
-    origins = dict.fromkeys(ServeSettings.model_fields, "default")
+    origins = dict.fromkeys(SETTING_NAMES, "default")
     for layer, origin_of in layers:
         for name, value in layer.items():
             values[name], origins[name] = value, origin_of(name)
