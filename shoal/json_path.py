@@ -44,7 +44,7 @@ class JsonPath:
 
 @lru_cache(maxsize=4096)
 def parse_path(text: str) -> JsonPath:
-    """A path -> its parts. Raises BadRequest that shows the path and what a right one looks like."""
+    """A path -> its parts. Raises BadRequest that shows the path and what a right one is."""
     parts: list[Part] = []
     at = 0
     while True:
