@@ -32,7 +32,7 @@ from index_node.builder import ProcessBuilder
 from monitor.service import Monitor
 from shoal import telemetry
 from shoal.data_dir import DataDirectory, ServerInfo
-from shoal.encoder_api import DEFAULT_MODEL, Encoder, EncoderOptions
+from shoal.encoder_api import Encoder
 from shoal.errors import ShoalError, StartupError
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.settings import ServeSettings
@@ -107,7 +107,7 @@ async def _serve(
         server = _Server(_config(app, settings), ready)
         stack.callback(directory.withdraw)
         stop.attach(server, monitor)
-        if encoder is not None and settings.encoder == "preload":
+        if encoder is not None and settings.encoder_preload:
             loading = asyncio.create_task(_preload(encoder), name="preload")
             stack.callback(loading.cancel)
         await server.serve(sockets=[listener])
@@ -158,12 +158,13 @@ class _Server(uvicorn.Server):
 
 async def _preload(encoder: Encoder) -> None:
     """A server whose encoder cannot load still serves vectors; the first text gets the error."""
-    try:
-        model = await encoder.prepare(DEFAULT_MODEL)
-    except ShoalError as error:
-        _log.warning("encoder_not_loaded", model=DEFAULT_MODEL, why=error.message)
-    else:
-        _log.info("encoder_loaded", model=model.name, precision=model.precision)
+    for model in encoder.models():
+        try:
+            loaded = await encoder.prepare(model.name)
+        except ShoalError as error:
+            _log.warning("encoder_not_loaded", model=model.name, why=error.message)
+        else:
+            _log.info("encoder_loaded", model=loaded.name, precision=loaded.precision)
 
 
 def _config(app: Callable[..., object], settings: ServeSettings) -> uvicorn.Config:
@@ -217,11 +218,9 @@ def _why_not_bound(host: str, port: int, error: OSError) -> str:
 
 
 def _encoder(settings: ServeSettings) -> Encoder | None:
-    if settings.encoder == "off":
+    if settings.encoder_model.lower() == "none":
         return None
-    return LocalEncoder(
-        EncoderOptions(threads=settings.encoder_threads, precision=settings.encoder_precision)
-    )
+    return LocalEncoder(settings, precision=settings.encoder_precision)
 
 
 def _plain(secret: SecretStr | None) -> str | None:

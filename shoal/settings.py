@@ -149,17 +149,23 @@ class EncoderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    encoder: Literal["off", "lazy", "preload"] = _setting(
-        "lazy",
-        right="off, lazy or preload",
-        about="Text in place of vectors: off; lazy loads a model at its first text; preload "
-        "loads the default model right after the start.",
+    encoder_model: str = _setting(
+        "sentence-transformers/all-minilm-l6-v2",
+        right="a model's name, a folder with a model, or none",
+        about="The model that turns text into vectors: the name of the one that comes with Shoal, "
+        'or a folder on disk; "none" switches text off.',
+        min_length=1,
+    )
+    encoder_preload: bool = _setting(
+        False,
+        right="true or false",
+        about="Load that model right after the start; otherwise the first text does and waits.",
     )
     encoder_threads: int = _setting(
-        0,
-        right="a whole number from 0 to 1024",
-        about="Threads that the encoder computes with; 0 leaves one core to the rest.",
-        ge=0,
+        lambda: max(1, _cores() - 1),
+        right="a whole number from 1 to 1024",
+        about="Threads that the encoder computes with. Default: one core is left to the rest.",
+        ge=1,
         le=1024,
     )
     encoder_precision: Literal["auto", "float32", "bfloat16"] = _setting(
