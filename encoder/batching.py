@@ -1,0 +1,137 @@
+"""Which texts go through the model together, and whose turn it is. Pure: no clock, no thread.
+
+Two ideas, each worth a factor. A forward pass costs rows x longest row, so texts of like length
+belong together (`plan_batches`). And a person who waits for one query must not wait for somebody's
+ten thousand texts (`WaitingTexts`): few texts form the interactive lane, many the bulk lane, and
+the interactive lane is asked first between any two forward passes.
+
+    request of 1 text ───▶ interactive ──┐  all that wait, together
+                                         ├──▶ forward passes
+    request of 500 texts ▶ bulk ─────────┘  a window of the oldest, one pass at a time
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from shoal.errors import must
+
+__all__ = ["INTERACTIVE_TEXTS_MAX", "Lane", "Slice", "WaitingTexts", "plan_batches"]
+
+INTERACTIVE_TEXTS_MAX = 8  # of one request; a query has one text, a batch of queries a few
+
+
+class Lane(Enum):
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+    @classmethod
+    def of(cls, text_count: int) -> Lane:
+        return cls.INTERACTIVE if text_count <= INTERACTIVE_TEXTS_MAX else cls.BULK
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Texts [start, stop) of one request."""
+
+    request_id: int
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request_id: int
+    model: str
+    text_count: int
+    byte_count: int
+    taken: int = 0
+
+
+class WaitingTexts:
+    """The texts that wait, at most `texts_max` of them and `bytes_max` bytes.
+
+    A request that is alone is let in whatever its size, so that the bounds never make a request
+    that the API allows impossible.
+    """
+
+    def __init__(self, *, texts_max: int, bytes_max: int) -> None:
+        self._texts_max, self._bytes_max = texts_max, bytes_max
+        self._lanes: dict[Lane, deque[_Waiting]] = {lane: deque() for lane in Lane}
+        self.text_count = 0
+        self.byte_count = 0
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return sum(len(lane) for lane in self._lanes.values())
+
+    def offer(self, request_id: int, model: str, text_count: int, byte_count: int) -> bool:
+        """Queue a request of at least one text; False when there is no room."""
+        must(text_count > 0, "a request without texts needs no place in the queue")
+        if len(self) and (
+            self.text_count + text_count > self._texts_max
+            or self.byte_count + byte_count > self._bytes_max
+        ):
+            return False
+        self._lanes[Lane.of(text_count)].append(_Waiting(request_id, model, text_count, byte_count))
+        self.text_count += text_count
+        self.byte_count += byte_count
+        return True
+
+    def take(self, lane: Lane, texts_max: int) -> tuple[str, list[Slice]] | None:
+        """The oldest texts of a lane, at most `texts_max`, all for one model: (model, slices), or
+        None when the lane is empty. A bulk request may be given out over several calls."""
+        queue = self._lanes[lane]
+        if not queue:
+            return None
+        model, room, slices = queue[0].model, texts_max, []
+        while queue and room > 0 and queue[0].model == model:
+            first = queue[0]
+            stop = min(first.text_count, first.taken + room)
+            slices.append(Slice(first.request_id, first.taken, stop))
+            room -= stop - first.taken
+            self.text_count -= stop - first.taken
+            first.taken = stop
+            if stop == first.text_count:
+                self.byte_count -= first.byte_count
+                queue.popleft()
+        return model, slices
+
+    def forget(self, request_id: int) -> None:
+        """Drop what still waits of a request that nobody wants any more."""
+        for queue in self._lanes.values():
+            for waiting in queue:
+                if waiting.request_id == request_id:
+                    queue.remove(waiting)
+                    self.text_count -= waiting.text_count - waiting.taken
+                    self.byte_count -= waiting.byte_count
+                    return
+
+    def drain(self) -> list[int]:
+        """Empty both lanes; the ids of the requests that waited, oldest first in each lane."""
+        ids = [waiting.request_id for queue in self._lanes.values() for waiting in queue]
+        for queue in self._lanes.values():
+            queue.clear()
+        self.text_count = self.byte_count = 0
+        return ids
+
+
+def plan_batches(lengths: Sequence[int], *, tokens_max: int, rows_max: int) -> list[list[int]]:
+    """Group texts of like length into forward passes.
+
+    lengths   tokens of each text, at least 1.
+    Returns   positions into `lengths`, each in exactly one batch; in every batch
+              rows x longest <= tokens_max (a longer text goes alone) and rows <= rows_max.
+              Shortest first; texts of equal length keep their order.
+    """
+    batches: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        rows = len(batches[-1]) + 1 if batches else 0
+        # Ascending order: the text at hand is the longest of its batch.
+        if not rows or rows > rows_max or rows * lengths[position] > tokens_max:
+            batches.append([])
+        batches[-1].append(position)
+    return batches

