@@ -1,0 +1,279 @@
+"""Damaged files: found, told with file and place, and nothing else lost.
+
+Each test builds a data directory by a real server, stops it, damages files, and starts it again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import MakeServer
+from harness import Server, run_shoal, wait_until
+from ledger import Content
+from writers import create_collection, read_all
+
+SEAL_BYTES = 65_536
+SETTLE_S_MAX = 60.0
+
+
+def fill(http: httpx.Client, name: str, ids: range, version: int = 1) -> None:
+    points = [Content(version, version).point_json(id_) for id_ in ids]
+    for start in range(0, len(points), 100):
+        body = {"points": points[start : start + 100]}
+        http.put(f"/collections/{name}/points?wait=true", json=body).raise_for_status()
+
+
+def expected(ids: range, version: int = 1) -> dict[int, Any]:
+    return {id_: Content(version, version).point_json(id_) for id_ in ids}
+
+
+def contents(http: httpx.Client, name: str) -> dict[int, Any]:
+    found = read_all(http, name)
+    return {
+        id_: {key: point[key] for key in ("id", "vector", "payload")}
+        for id_, point in found.items()
+    }
+
+
+def new_folders(data_dir: Path, make: Callable[[], None]) -> list[Path]:
+    """The folders of the shards that `make` creates."""
+    before = set(data_dir.glob("shards/*/*"))
+    make()
+    return sorted(set(data_dir.glob("shards/*/*")) - before)
+
+
+def ask(http: httpx.Client, name: str) -> httpx.Response:
+    return http.post(f"/collections/{name}/points/scroll", json={"limit": 10})
+
+
+def assert_healthy(http: httpx.Client, name: str, ids: range) -> None:
+    """All points are there, and it takes new ones."""
+    assert contents(http, name) == expected(ids)
+    fill(http, name, range(90_000, 90_001))
+    assert http.get(f"/collections/{name}/points/90000").status_code == 200
+
+
+# -- the log --------------------------------------------------------------------------------------
+def only_log(shards: list[Path]) -> Path:
+    """The log file with the most in it."""
+    return max((p for shard in shards for p in shard.glob("log/*")), key=lambda p: p.stat().st_size)
+
+
+def test_torn_tail_is_cut(make_server: MakeServer) -> None:
+    """A group that a crash left half written was never acknowledged: it is cut, silently."""
+    server: Server = make_server()
+    shards = new_folders(server.data_dir, lambda: create_collection(server, "torn"))
+    with server.http() as http:
+        fill(http, "torn", range(40))
+    server.kill9()
+    log = only_log(shards)
+    whole = log.read_bytes()
+    log.write_bytes(whole + whole[-500:-100])  # the salt is right, the rest is not
+    server.start()
+    with server.http() as http:
+        assert contents(http, "torn") == expected(range(40))
+        fill(http, "torn", range(40, 60))
+    server.restart(kill=True)
+    with server.http() as http:
+        assert contents(http, "torn") == expected(range(60))
+
+
+def test_log_cut_within_its_last_group(make_server: MakeServer) -> None:
+    server: Server = make_server()
+    shards = new_folders(server.data_dir, lambda: create_collection(server, "torn"))
+    with server.http() as http:
+        for id_ in range(20):
+            fill(http, "torn", range(id_, id_ + 1))
+    server.kill9()
+    log = only_log(shards)
+    log.write_bytes(log.read_bytes()[:-5])
+    server.start()
+    with server.http() as http:
+        found = contents(http, "torn")
+        assert found.items() <= expected(range(20)).items()
+        assert len(found) == 19  # the other shard lost nothing, this one its last group
+
+
+def test_damage_in_the_middle_of_a_log_stops_that_shard_alone(make_server: MakeServer) -> None:
+    server: Server = make_server()
+    shards = new_folders(server.data_dir, lambda: create_collection(server, "damaged"))
+    create_collection(server, "healthy")
+    with server.http() as http:
+        for start in range(0, 100, 10):
+            fill(http, "damaged", range(start, start + 10))
+        fill(http, "healthy", range(30))
+    server.kill9()
+    log = only_log(shards)
+    data = bytearray(log.read_bytes())
+    place = len(data) // 3
+    data[place] ^= 0xFF
+    log.write_bytes(data)
+    server.start()
+    with server.http() as http:
+        answer = ask(http, "damaged")
+        assert answer.status_code == 503, answer.text
+        error = answer.json()["status"]["error"]
+        assert str(log) in error or str(log.relative_to(server.data_dir)) in error
+        assert "offset" in error
+        offset = int(error.split("offset ")[1].split(",")[0].split()[0])
+        assert offset <= place, "the damaged group begins at or before the damaged byte"
+        write = http.put(
+            "/collections/damaged/points?wait=true", json={"points": [Content(2, 2).point_json(1)]}
+        )
+        assert write.status_code in (200, 503)  # the other shard of the collection still works
+        assert_healthy(http, "healthy", range(30))
+        assert "damaged" in http.get("/collections").text
+        assert log.name in server.log(), "the operator finds it in the log of the server too"
+    assert log.read_bytes() == bytes(data), "nothing was cut away from the damaged file"
+
+
+# -- segments -------------------------------------------------------------------------------------
+KINDS = [
+    "rows.arr",
+    "columns.arr",
+    "payload.bin",
+    "vectors.0",
+    "vectors.1",
+    "tombstones.*",
+    "index.*",
+]
+ROWS = range(600)
+GONE = range(100)
+
+
+def build_segments(server: Server, http: httpx.Client, name: str) -> list[Path]:
+    """A collection with sealed segments, dead rows in them, and a graph."""
+    shards = new_folders(server.data_dir, lambda: create_collection(server, name))
+    fill(http, name, ROWS)
+    body = {"points": list(GONE)}
+    http.post(f"/collections/{name}/points/delete?wait=true", json=body).raise_for_status()
+    fill(http, name, range(10_000, 10_600))  # seals again: a checkpoint with tombstones
+    return shards
+
+
+def present(shards: list[Path], kind: str) -> list[Path]:
+    return sorted(
+        p for shard in shards for p in shard.glob(f"segments/*/{kind}") if p.stat().st_size
+    )
+
+
+def test_a_flipped_byte_in_any_segment_file_is_found(make_server: MakeServer) -> None:
+    """One collection for each kind of file. What can be built again (an index) is; everything else
+    stops the shard with an error that names the file; what is not damaged goes on."""
+    server: Server = make_server(seal_bytes=SEAL_BYTES)
+    rng = random.Random(1)
+    built: dict[str, list[Path]] = {}
+    with server.http() as http:
+        for number, _ in enumerate(KINDS):
+            built[KINDS[number]] = build_segments(server, http, f"damaged{number}")
+        build_segments(server, http, "healthy")
+        for kind in KINDS:
+            wait_until(
+                lambda kind=kind: bool(present(built[kind], kind)),
+                within_s=SETTLE_S_MAX,
+                what=f"a file {kind}",
+            )
+    assert server.stop() == 0
+    damaged = {kind: _flip(rng, rng.choice(present(built[kind], kind))) for kind in KINDS}
+    server.start()
+    with server.http() as http:
+        remaining = {**expected(range(GONE.stop, ROWS.stop)), **expected(range(10_000, 10_600))}
+        for number, kind in enumerate(KINDS):
+            path, told = damaged[kind], f"damaged{number}"
+            if kind == "index.*":
+                assert contents(http, told) == remaining
+            else:
+                answer = ask(http, told)
+                assert answer.status_code == 503, f"{kind}: {answer.status_code} {answer.text}"
+                assert path.name in answer.json()["status"]["error"], answer.text
+            assert str(path.relative_to(server.data_dir)) in server.log(), f"{kind} is not logged"
+        assert contents(http, "healthy") == remaining
+        assert http.get("/healthz").status_code == 200
+
+
+def _flip(rng: random.Random, path: Path) -> Path:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return path
+
+
+def test_damaged_manifest_stops_that_shard_alone(make_server: MakeServer) -> None:
+    server: Server = make_server(seal_bytes=SEAL_BYTES)
+    with server.http() as http:
+        shards = build_segments(server, http, "damaged")
+        build_segments(server, http, "healthy")
+    assert server.stop() == 0
+    manifest = _flip(random.Random(2), shards[0] / "MANIFEST")
+    server.start()
+    with server.http() as http:
+        answer = ask(http, "damaged")
+        assert answer.status_code == 503, answer.text
+        assert manifest.name in answer.json()["status"]["error"]
+        assert ask(http, "healthy").status_code == 200
+
+
+def test_a_missing_segment_file_is_found(make_server: MakeServer) -> None:
+    server: Server = make_server(seal_bytes=SEAL_BYTES)
+    with server.http() as http:
+        shards = build_segments(server, http, "damaged")
+    assert server.stop() == 0
+    path = present(shards, "payload.bin")[0]
+    path.unlink()
+    server.start()
+    with server.http() as http:
+        answer = ask(http, "damaged")
+        assert answer.status_code == 503, answer.text
+        assert path.name in answer.json()["status"]["error"]
+
+
+# -- the data directory ---------------------------------------------------------------------------
+def test_data_of_a_newer_format_is_refused(make_server: MakeServer) -> None:
+    server: Server = make_server()
+    assert server.stop() == 0
+    stamp = server.data_dir / "FORMAT"
+    newer = stamp.read_text().replace("format 1", "format 999")
+    stamp.write_text(newer)
+    ended = run_shoal(["serve", "--data-dir", str(server.data_dir), "--http-port", "0"])
+    assert ended.returncode == 2, ended.stderr
+    assert "999" in ended.stderr
+    assert "newer" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert stamp.read_text() == newer
+
+
+def test_second_server_on_one_data_directory_is_refused(make_server: MakeServer) -> None:
+    server: Server = make_server()
+    ended = run_shoal(["serve", "--data-dir", str(server.data_dir), "--http-port", "0"])
+    assert ended.returncode == 2, ended.stderr
+    assert str(server.pid) in ended.stderr, "it says who holds the directory"
+    assert server.url in ended.stderr
+    assert "Traceback" not in ended.stderr
+    with server.http() as http:
+        assert http.get("/healthz").status_code == 200
+    said = json.loads((server.data_dir / "server.json").read_text())
+    assert said["pid"] == server.pid
+
+
+def test_lock_of_a_killed_server_does_not_stay(make_server: MakeServer) -> None:
+    server: Server = make_server()
+    server.restart(kill=True)
+    assert server.stop() == 0
+    assert not (server.data_dir / "server.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--seal-bytes", "5"], ["--http-port", "x"], ["--nonsense", "1"]]
+)
+def test_wrong_settings_end_with_2_and_a_sentence(tmp_path: Path, flags: list[str]) -> None:
+    ended = run_shoal(["serve", "--data-dir", str(tmp_path / "data"), *flags])
+    assert ended.returncode == 2, ended.stderr
+    assert flags[0].strip("-").replace("-", "_") in ended.stderr.replace("-", "_")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "data").exists()

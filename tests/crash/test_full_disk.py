@@ -1,0 +1,129 @@
+"""A full disk: writes get 507 and change nothing, reads go on, and writes come back with the space.
+
+The real thing needs a small file system of its own, so it needs root; without root the same
+behaviour is driven by the setting for the least free space.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import MakeServer
+from harness import Server
+from ledger import Content
+from writers import create_collection, read_all
+
+DISK_BYTES = 48 * 1024 * 1024
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of DISK_BYTES."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not possible here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def upsert(http: httpx.Client, ids: range, version: int) -> httpx.Response:
+    points = [Content(version, version).point_json(id_) for id_ in ids]
+    return http.put("/collections/full/points?wait=true", json={"points": points})
+
+
+def assert_refused(answer: httpx.Response) -> None:
+    assert answer.status_code == 507, f"{answer.status_code} {answer.text}"
+    error = answer.json()["status"]["error"]
+    assert "free" in error.lower(), error
+
+
+def assert_reads_work(http: httpx.Client, points: dict[int, int]) -> None:
+    found = read_all(http, "full")
+    assert {id_: point["payload"]["version"] for id_, point in found.items()} == points
+    vector = Content(1, 1).vectors_json(3)["a"]
+    query = {"query": vector, "using": "a", "limit": 5}
+    assert (
+        len(http.post("/collections/full/points/query", json=query).json()["result"]["points"]) == 5
+    )
+    assert http.get("/healthz").status_code == 200
+
+
+def ballast(folder: Path, leave_bytes: int) -> Path:
+    """Fill the file system up to `leave_bytes`."""
+    path = folder / "ballast"
+    with path.open("wb") as file:
+        left = shutil.disk_usage(folder).free - leave_bytes
+        while left > 0:
+            left -= file.write(bytes(min(left, 1 << 20)))
+    return path
+
+
+@pytest.mark.parametrize("reserve", ["0", "8MiB"])
+def test_writes_end_when_the_disk_is_full_and_come_back(
+    make_server: MakeServer, small_disk: Path, reserve: str
+) -> None:
+    """reserve 0: the disk is full to the last byte, in the middle of whatever is written."""
+    server: Server = make_server(
+        start=False,
+        data_dir=small_disk / "data",
+        seal_bytes=262_144,
+        disk_free_bytes_min=reserve,
+    )
+    server.log_path = small_disk.parent / "server.log"  # not on the disk that gets full
+    server.start()
+    create_collection(server, "full")
+    points: dict[int, int] = {}
+    with server.http() as http:
+        assert upsert(http, range(200), 1).status_code == 200
+        points.update(dict.fromkeys(range(200), 1))
+        weight = ballast(small_disk, leave_bytes=4 << 20 if reserve == "0" else 10 << 20)
+        refused = None
+        for start in range(1_000, 100_000, 200):
+            answer = upsert(http, range(start, start + 200), 1)
+            if answer.status_code != 200:
+                refused = answer
+                break
+            points.update(dict.fromkeys(range(start, start + 200), 1))
+        assert refused is not None, "the disk never got full"
+        assert_refused(refused)
+        assert_refused(upsert(http, range(200), 2))
+        assert_reads_work(http, points)
+        weight.unlink()
+        answer = upsert(http, range(200), 3)
+        assert answer.status_code == 200, f"space is back: {answer.text}"
+        points.update(dict.fromkeys(range(200), 3))
+        assert_reads_work(http, points)
+    server.restart(kill=True)
+    with server.http() as http:
+        assert_reads_work(http, points)
+
+
+def test_writes_are_refused_below_the_least_free_space(make_server: MakeServer) -> None:
+    """Needs no root: more free space is asked for than any disk has."""
+    server: Server = make_server()
+    create_collection(server, "full")
+    with server.http() as http:
+        assert upsert(http, range(50), 1).status_code == 200
+    server.settings["disk_free_bytes_min"] = 2**60
+    server.restart()
+    points = dict.fromkeys(range(50), 1)
+    with server.http() as http:
+        assert_refused(upsert(http, range(50), 2))
+        assert_refused(http.post("/collections/full/points/delete", json={"points": [1]}))
+        assert_reads_work(http, points)
+    del server.settings["disk_free_bytes_min"]
+    server.restart()
+    with server.http() as http:
+        assert_reads_work(http, points)
+        assert upsert(http, range(50), 2).status_code == 200
