@@ -38,6 +38,9 @@ class DenseBlock:
     values: NDArray[np.float32]
     present: Mask | None = None
 
+    def take(self, rows: NDArray[np.integer]) -> DenseBlock:
+        return DenseBlock(self.values[rows], _take_mask(self.present, rows))
+
 
 @dataclass(slots=True)
 class SparseBlock:
@@ -48,6 +51,12 @@ class SparseBlock:
     values: NDArray[np.float32]
     present: Mask | None = None
 
+    def take(self, rows: NDArray[np.integer]) -> SparseBlock:
+        indptr, picks = _take_ranges(self.indptr, rows)
+        return SparseBlock(
+            indptr, self.indices[picks], self.values[picks], _take_mask(self.present, rows)
+        )
+
 
 @dataclass(slots=True)
 class MultiBlock:
@@ -56,6 +65,10 @@ class MultiBlock:
     indptr: NDArray[np.uint32]
     values: NDArray[np.float32]
     present: Mask | None = None
+
+    def take(self, rows: NDArray[np.integer]) -> MultiBlock:
+        indptr, picks = _take_ranges(self.indptr, rows)
+        return MultiBlock(indptr, self.values[picks], _take_mask(self.present, rows))
 
 
 @dataclass(slots=True)
@@ -79,6 +92,14 @@ class PointBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def empty(cls, with_payload: bool) -> PointBatch:
+        """No points; an answer."""
+        out = cls(PointIds(np.empty(0, np.uint64)), versions=np.empty(0, np.uint64))
+        if with_payload:
+            out.set_payloads([])
+        return out
+
     def payload_of(self, row: int) -> bytes:
         """JSON bytes of one row, b"" where it has none."""
         if self.payload_offsets is None:
@@ -88,18 +109,9 @@ class PointBatch:
     def take(self, rows: NDArray[np.integer]) -> PointBatch:
         """The given rows, in the given order; copies."""
         out = PointBatch(self.ids.take(rows))
-        for name, dense in self.dense.items():
-            out.dense[name] = DenseBlock(dense.values[rows], _take_mask(dense.present, rows))
-        for name, sparse in self.sparse.items():
-            indptr, picks = _take_ranges(sparse.indptr, rows)
-            out.sparse[name] = SparseBlock(
-                indptr, sparse.indices[picks], sparse.values[picks], _take_mask(sparse.present, rows)
-            )
-        for name, multi in self.multi.items():
-            indptr, picks = _take_ranges(multi.indptr, rows)
-            out.multi[name] = MultiBlock(
-                indptr, multi.values[picks], _take_mask(multi.present, rows)
-            )
+        out.dense = {name: block.take(rows) for name, block in self.dense.items()}
+        out.sparse = {name: block.take(rows) for name, block in self.sparse.items()}
+        out.multi = {name: block.take(rows) for name, block in self.multi.items()}
         if self.payload_offsets is not None:
             out.set_payloads([self.payload_of(int(row)) for row in rows])
         if self.versions is not None:

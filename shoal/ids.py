@@ -82,8 +82,8 @@ class PointIds:
         high: list[int] = self.hi.tolist()
         flags: list[bool] = self.is_uuid.tolist()
         return [
-            (UUID_BIT | (h << 64) | l) if flag else l
-            for l, h, flag in zip(low, high, flags, strict=True)
+            (UUID_BIT | (h << 64) | bottom) if flag else bottom
+            for bottom, h, flag in zip(low, high, flags, strict=True)
         ]
 
     def key(self, row: int) -> int:

@@ -25,6 +25,7 @@ class BuildJob:
     m: int
     ef_construct: int
     output: Path
+    threads: int
 
 
 class IndexBuilder(Protocol):

@@ -11,13 +11,13 @@ The checksum of the whole file stands in the manifest that names it. A full disk
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from shoal.errors import FormatTooNew, ShardStopped, StorageFull
 
 __all__ = [
     "FileSum",
+    "FileWriter",
     "checked_sum",
     "open_array_file",
     "storage_errors",
     "sync_folder",
+    "verify_file",
     "write_array_file",
     "write_file",
 ]
@@ -44,7 +46,7 @@ _READ_BYTES = 1 << 20
 FileSum = tuple[int, int]  # (bytes, crc32c)
 
 
-@contextmanager
+@contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """ENOSPC and the quota's twin become StorageFull; other OSErrors pass."""
     try:
@@ -67,21 +69,49 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview | NDArray[Any]]) -> FileSum:
-    """Write a new file and fsync it; the folder is the caller's to sync. Returns (bytes, crc32c)."""
-    crc, size = 0, 0
-    with storage_errors(path), path.open("wb") as file:
-        for part in parts:
-            view = memoryview(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part
-            data = memoryview(view).cast("B") if len(view) else b""
+class FileWriter:
+    """Write a new file piece by piece; `close` fsyncs it (the folder is the caller's to sync)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._crc = self._size = 0
+        with storage_errors(path):
+            self._file = path.open("wb")
+
+    def write(self, part: bytes | memoryview | NDArray[Any]) -> None:
+        whole = np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part
+        data = memoryview(whole)
+        data = data.cast("B") if data.nbytes else memoryview(b"")
+        with storage_errors(self._path):
             for start in range(0, len(data), _READ_BYTES):
                 chunk = bytes(data[start : start + _READ_BYTES])
-                crc = google_crc32c.extend(crc, chunk)
-                file.write(chunk)
-            size += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, crc
+                self._crc = google_crc32c.extend(self._crc, chunk)
+                self._file.write(chunk)
+        self._size += len(data)
+
+    def close(self) -> FileSum:
+        with storage_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return self._size, self._crc
+
+    def abandon(self) -> None:
+        """Close after an error, without promises; a file of a full disk must not leak."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview | NDArray[Any]]) -> FileSum:
+    """Write a new file and fsync it; the folder is the caller's to sync. Returns (bytes, crc32c)."""
+    writer = FileWriter(path)
+    try:
+        for part in parts:
+            writer.write(part)
+        return writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def checked_sum(path: Path) -> FileSum:
@@ -92,6 +122,17 @@ def checked_sum(path: Path) -> FileSum:
             crc = google_crc32c.extend(crc, chunk)
             size += len(chunk)
     return size, crc
+
+
+def verify_file(path: Path, expected: FileSum) -> None:
+    """Raises ShardStopped, naming the file, when it is missing or not what was written."""
+    if not path.exists():
+        raise ShardStopped(f"{path} is missing. Restore it, or the shard, from a copy.")
+    if checked_sum(path) != tuple(expected):
+        raise ShardStopped(
+            f"{path} is damaged: its checksum or length differs from what was written. Restore it, "
+            "or the shard, from a copy."
+        )
 
 
 def write_array_file(

@@ -20,6 +20,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import google_crc32c
@@ -210,7 +211,7 @@ class Log:
     def trim(self, upto: int) -> None:
         """Delete the files whose entries are all <= `upto`; never the one being written."""
         paths = sorted(self.folder.glob("*.log"))
-        for path, following in zip(paths, paths[1:], strict=False):
+        for path, following in pairwise(paths):
             if int(following.stem) <= upto + 1:
                 path.unlink()
         fault_point("log.after_trim")

@@ -1,0 +1,87 @@
+"""The manifest of a shard: which segments live, and up to which log entry they hold everything.
+
+Two lines: JSON, then its crc32c in hex. Swapped atomically (write, fsync, rename, fsync the folder)
+after the files that it names are durable; so at any crash there is one whole manifest, the old or
+the new. Every file that a manifest does not name may be deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+from pydantic import BaseModel, ConfigDict, Field
+
+from shoal.errors import FormatTooNew, ShardStopped
+from storage_node.faults import fault_point
+from storage_node.files import storage_errors, sync_folder
+
+__all__ = ["Manifest", "SegmentRecord", "read_manifest", "write_manifest"]
+
+_FORMAT = 1
+_NAME = "MANIFEST"
+
+
+class SegmentRecord(BaseModel):
+    """One live segment. files: name -> (bytes, crc32c) of every file that must be there.
+    tombstones: the file with the rows that were dead at the checkpoint. indexes: vector names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    segment_id: int
+    rows: int
+    files: dict[str, tuple[int, int]]
+    tombstones: str | None = None
+    indexes: tuple[str, ...] = ()
+
+
+class Manifest(BaseModel):
+    """checkpoint: every log entry up to this one is in the segments and their tombstones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = _FORMAT
+    collection_id: int
+    shard: int
+    term: int = 1
+    checkpoint: int = 0
+    next_segment_id: int = 1
+    segments: tuple[SegmentRecord, ...] = Field(default=())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Durable when it returns. StorageFull leaves the old one in place."""
+    line = manifest.model_dump_json().encode()
+    temporary = folder / (_NAME + ".new")
+    with storage_errors(temporary):
+        with temporary.open("wb") as file:
+            file.write(line + b"\n" + f"{google_crc32c.value(line):08x}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        fault_point("manifest.before_rename")
+        os.replace(temporary, folder / _NAME)
+        sync_folder(folder)
+    fault_point("manifest.after_rename")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where there is none yet. ShardStopped when it is damaged."""
+    path = folder / _NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    line, _, rest = data.partition(b"\n")
+    if rest.strip() != f"{google_crc32c.value(line):08x}".encode():
+        raise ShardStopped(
+            f"{path} is damaged: its checksum does not fit. Restore the shard from a copy."
+        )
+    fields: dict[str, Any] = json.loads(line)
+    if fields.get("format", 0) > _FORMAT:
+        raise FormatTooNew(
+            f"{path} has format {fields['format']}; this Shoal reads up to {_FORMAT}"
+        )
+    return Manifest.model_validate(fields)

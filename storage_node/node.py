@@ -1,0 +1,145 @@
+"""A storage node: the shards of one folder, behind `shoal.storage_api.Storage`.
+
+    shards/{collection_id}/{shard}/   see storage_node/shard.py
+
+A damaged shard is stopped, not the node. Reads that are expected to be short run where they are
+called, on the event loop: a hop to another thread costs more than they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from shoal.api.filter import Filter
+from shoal.batch import PointBatch
+from shoal.errors import AlreadyExists, NotFound
+from shoal.faiss_index import use_one_thread
+from shoal.ids import PointIds
+from shoal.index_api import IndexBuilder
+from shoal.settings import StorageSettings
+from shoal.storage_api import (
+    Hits,
+    Scroll,
+    Search,
+    ShardInfo,
+    ShardKey,
+    ShardSpec,
+    Write,
+    WriteResult,
+)
+from storage_node.files import sync_folder
+from storage_node.lanes import Lanes
+from storage_node.searching import count_points, expected_floats, scroll, search
+from storage_node.shard import Shard
+
+__all__ = ["StorageNode"]
+
+_log = logging.getLogger("shoal.storage")
+_INLINE_FLOATS_MAX = 1_500_000  # about 0.3 ms of scanning: below, a thread costs more than it gives
+_INLINE_ROWS_MAX = 20_000  # under a filter that may be evaluated row by row
+
+
+class StorageNode:
+    def __init__(
+        self, directory: Path, *, builder: IndexBuilder | None, settings: StorageSettings
+    ) -> None:
+        self._directory, self._builder, self._settings = directory, builder, settings
+        self._lanes = Lanes()
+        self._shards: dict[ShardKey, Shard] = {}
+
+    async def start(self, specs: Sequence[ShardSpec]) -> None:
+        """Open the shards that the catalog knows, and delete what it does not know: a collection
+        that was deleted, or one whose creation never ended."""
+        use_one_thread()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        wanted = {str(self._folder(spec.key).relative_to(self._directory)) for spec in specs}
+        for collection in self._directory.iterdir():
+            for folder in collection.iterdir():
+                if str(folder.relative_to(self._directory)) not in wanted:
+                    _log.warning("orphan_deleted", extra={"fields": {"folder": str(folder)}})
+                    shutil.rmtree(folder)
+            if not any(collection.iterdir()):
+                collection.rmdir()
+        await asyncio.gather(*(self._open(spec) for spec in specs))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(shard.close() for shard in self._shards.values()))
+        self._shards.clear()
+        self._lanes.close()
+
+    async def _open(self, spec: ShardSpec) -> None:
+        shard = Shard(self._folder(spec.key), spec, self._settings, self._builder, self._lanes)
+        self._shards[spec.key] = shard
+        await shard.open()
+
+    def _folder(self, key: ShardKey) -> Path:
+        return self._directory / str(key.collection_id) / str(key.shard)
+
+    def _shard(self, key: ShardKey) -> Shard:
+        shard = self._shards.get(key)
+        if shard is None:
+            raise NotFound(
+                f"shard {key.shard} of collection {key.collection_id} is not on this node"
+            )
+        shard.check_serving()
+        return shard
+
+    # -- Storage ----------------------------------------------------------------------------------
+    async def create_shard(self, spec: ShardSpec) -> None:
+        if spec.key in self._shards:
+            raise AlreadyExists(f"shard {spec.key} exists on this node")
+        folder = self._folder(spec.key)
+        folder.mkdir(parents=True, exist_ok=True)
+        for parent in (folder.parent, self._directory):
+            sync_folder(parent)
+        await self._open(spec)
+
+    async def drop_shard(self, shard: ShardKey) -> None:
+        """Gone when it returns; reads under way finish on their maps. Unknown: nothing to do."""
+        found = self._shards.pop(shard, None)
+        if found is not None:
+            await found.close()
+        folder = self._folder(shard)
+        await self._lanes.files(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    async def write(self, shard: ShardKey, op: Write) -> WriteResult:
+        return await self._shard(shard).write(op)
+
+    async def search(self, shard: ShardKey, query: Search) -> Hits:
+        snapshot = self._shard(shard).state.snapshot()
+        if expected_floats(snapshot, query) <= _INLINE_FLOATS_MAX:
+            return search(snapshot, query)
+        return await self._lanes.search(search, snapshot, query)
+
+    async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch:
+        snapshot = self._shard(shard).state.snapshot()
+        rows = sum(unit.row_count for unit in snapshot.units)
+        if query.limit <= 100 and (query.filter is None or rows <= _INLINE_ROWS_MAX):
+            return scroll(snapshot, query)
+        return await self._lanes.search(scroll, snapshot, query)
+
+    async def count(self, shard: ShardKey, filter: Filter | None) -> int:
+        state = self._shard(shard).state
+        if filter is None:
+            return state.point_count
+        return await self._lanes.search(count_points, state.snapshot(), filter)
+
+    async def retrieve(
+        self,
+        shard: ShardKey,
+        ids: PointIds,
+        with_payload: bool,
+        with_vectors: bool | tuple[str, ...],
+    ) -> PointBatch:
+        found, _, _ = self._shard(shard).state.current(ids, with_payload, with_vectors)
+        return found
+
+    async def info(self, shard: ShardKey) -> ShardInfo:
+        found = self._shards.get(shard)
+        if found is None:
+            raise NotFound(f"shard {shard.shard} of collection {shard.collection_id} is not here")
+        return found.info()

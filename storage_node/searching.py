@@ -1,0 +1,304 @@
+"""Answering a search, scroll or count over the segments of one shard.
+
+A `Snapshot` fixes what is read (which segments, how many rows, which are alive), so a read may run in
+any thread while the shard goes on changing. The promise: k results whenever k points match.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.api.filter import Filter
+from shoal.batch import PointBatch, pack_bits, unpack_bits
+from shoal.errors import BadRequest, must
+from shoal.faiss_index import Graph, distances
+from shoal.storage_api import Distance, Hits, Scroll, Search, ShardSpec
+from storage_node.filtering import allowed as filter_allowed
+from storage_node.growing import GrowingView
+from storage_node.planner import Strategy, plan_search, widen
+from storage_node.segment import SealedSegment, concat
+
+__all__ = [
+    "Snapshot",
+    "SnapshotUnit",
+    "count_points",
+    "expected_floats",
+    "matching_ids",
+    "scroll",
+    "search",
+    "take_rows",
+]
+
+_SCROLL_WINDOW_ROWS = 8192
+Bits = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class SnapshotUnit:
+    """One segment as of the snapshot. live: packed bitmap, not shared; None = every row lives."""
+
+    rows: GrowingView | SealedSegment
+    row_count: int
+    live: Bits | None
+    lock: threading.Lock | None = None  # guards the columns of a growing segment
+
+
+@dataclass(slots=True)
+class Snapshot:
+    spec: ShardSpec
+    units: Sequence[SnapshotUnit]
+
+
+def search(snapshot: Snapshot, query: Search) -> Hits:
+    """The `limit` best points; exact wherever no index is used. See shoal.storage_api.Search."""
+    vector = snapshot.spec.dense.get(query.using)
+    must(vector is not None and not vector.multi, f"{query.using!r} is not a dense vector")
+    assert vector is not None
+    found: list[tuple[int, NDArray[np.int64], NDArray[np.float32]]] = []
+    for number, unit in enumerate(snapshot.units):
+        if unit.row_count == 0:
+            continue
+        rows, scores = _search_unit(unit, query, vector.distance)
+        if query.score_threshold is not None:
+            limit = np.float32(query.score_threshold)
+            keep = scores >= limit if vector.distance.larger_is_better else scores <= limit
+            rows, scores = rows[keep], scores[keep]
+        if len(rows):
+            found.append((number, rows, scores))
+    return _collect(snapshot, query, found, vector.distance.larger_is_better)
+
+
+def _collect(
+    snapshot: Snapshot,
+    query: Search,
+    found: Sequence[tuple[int, NDArray[np.int64], NDArray[np.float32]]],
+    larger_is_better: bool,
+) -> Hits:
+    if len(found) == 1 and len(found[0][1]) <= query.limit:
+        number, rows, scores = found[0]
+        points = snapshot.units[number].rows.take(rows, query.with_payload, query.with_vectors)
+        if _strictly_ordered(scores, larger_is_better):
+            return Hits(points, scores)
+        order = _best_first(points, scores, larger_is_better)
+        return Hits(points.take(order), scores[order])
+    if not found:
+        empty = PointBatch.empty(query.with_payload)
+        return Hits(empty, np.empty(0, np.float32))
+    # Choose by id and score first; contents are fetched for the winners only.
+    ids = concat([snapshot.units[n].rows.take(rows, False, False) for n, rows, _ in found])
+    scores = np.concatenate([s for _, _, s in found])
+    order = _best_first(ids, scores, larger_is_better)[: query.limit]
+    if not query.with_payload and not query.with_vectors:
+        return Hits(ids.take(order), scores[order])
+    source = np.repeat(np.arange(len(found)), [len(rows) for _, rows, _ in found])[order]
+    all_rows = np.concatenate([rows for _, rows, _ in found])[order]
+    parts, places = [], []
+    for position, (number, _, _) in enumerate(found):
+        here = np.flatnonzero(source == position)
+        if len(here):
+            unit = snapshot.units[number].rows
+            parts.append(unit.take(all_rows[here], query.with_payload, query.with_vectors))
+            places.append(here)
+    back = np.empty(len(order), np.int64)
+    back[np.concatenate(places)] = np.arange(len(order))
+    points = parts[0] if len(parts) == 1 else concat(parts).take(back)
+    return Hits(points, scores[order])
+
+
+def _strictly_ordered(scores: NDArray[np.float32], larger: bool) -> bool:
+    return bool((scores[1:] < scores[:-1]).all() if larger else (scores[1:] > scores[:-1]).all())
+
+
+def _best_first(points: PointBatch, scores: NDArray[np.float32], larger: bool) -> NDArray[np.int64]:
+    """The order best first, equal scores by ascending id."""
+    by_id = points.ids.order()
+    return by_id[np.argsort(-scores[by_id] if larger else scores[by_id], kind="stable")]
+
+
+def _search_unit(
+    unit: SnapshotUnit, query: Search, distance: Distance
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Up to `limit` best rows of one segment, best first, with their scores."""
+    bits = _allowed_bits(unit, query.filter, query.exclude, query.using)
+    allowed = unit.row_count if bits is None else int(np.bitwise_count(bits).sum(dtype=np.int64))
+    vectors = unit.rows.vectors(query.using)[: unit.row_count]
+    graph = unit.rows.graph(query.using)
+    strategy, ef = plan_search(
+        rows=unit.row_count,
+        allowed=allowed,
+        dim=vectors.shape[1],
+        has_graph=graph is not None,
+        exact=query.exact,
+        ef=query.ef,
+        limit=query.limit,
+    )
+    if strategy is Strategy.SKIP:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    if strategy is Strategy.GRAPH and graph is not None:
+        found = _search_graph(graph, query, ef, bits, min(query.limit, allowed))
+        if found is not None:
+            return found
+        strategy = Strategy.SCAN_ALLOWED if bits is not None else Strategy.SCAN_ALL
+    return _scan(unit, query, distance, vectors, bits, strategy)
+
+
+def _search_graph(
+    graph: Graph, query: Search, ef: int, bits: Bits | None, wanted: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+    """None when even the widest beam finds fewer than `wanted`, which are known to exist."""
+    width: int | None = ef
+    while width is not None:
+        rows, scores = graph.search(query.vector, query.limit, width, bits)
+        if len(rows) >= wanted:
+            return rows, scores
+        width = widen(width)
+    return None
+
+
+def _scan(
+    unit: SnapshotUnit,
+    query: Search,
+    distance: Distance,
+    vectors: NDArray[np.float32],
+    bits: Bits | None,
+    strategy: Strategy,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    if strategy is Strategy.SCAN_ALLOWED and bits is not None:
+        rows = np.flatnonzero(unpack_bits(bits, unit.row_count))
+        scores = distances(query.vector, vectors, distance, rows)
+    else:
+        scores = distances(query.vector, vectors, distance)
+        rows = np.arange(len(scores))
+        if bits is not None:
+            mask = unpack_bits(bits, unit.row_count)
+            rows, scores = rows[mask], scores[mask]
+    towards = -scores if distance.larger_is_better else scores
+    if len(rows) > query.limit:
+        # Ties with the last place are kept: the caller lets the smallest ids of them win.
+        last = np.partition(towards, query.limit - 1)[query.limit - 1]
+        keep = np.flatnonzero(towards <= last)
+        rows, scores, towards = rows[keep], scores[keep], towards[keep]
+    order = np.argsort(towards, kind="stable")
+    return rows[order], scores[order]
+
+
+def _allowed_bits(
+    unit: SnapshotUnit, filter: Filter | None, exclude: Sequence[int], using: str | None
+) -> Bits | None:
+    """Packed bitmap of the rows that may be returned; None = every row."""
+    bits = unit.live
+    if using is not None:
+        bits = _and(bits, unit.rows.present_bits(using), unit.row_count)
+    if filter is not None:
+        bits = _and(bits, _filter_bits(unit, filter), unit.row_count)
+    if exclude:
+        rows = unit.rows.rows_with_keys(exclude)
+        rows = rows[rows < unit.row_count].astype(np.int64)
+        if len(rows):
+            mask = np.ones(unit.row_count, np.bool_)
+            mask[rows] = False
+            bits = _and(bits, pack_bits(mask), unit.row_count)
+    return bits
+
+
+def _filter_bits(unit: SnapshotUnit, filter: Filter) -> Bits:
+    try:
+        if unit.lock is None:
+            return filter_allowed(filter, unit.rows)
+        with unit.lock:
+            return filter_allowed(filter, unit.rows)
+    except KeyError as error:
+        raise BadRequest(f"Wrong input: Not existing vector name error: {error.args[0]}") from error
+
+
+def _and(a: Bits | None, b: Bits | None, row_count: int) -> Bits | None:
+    if a is None:
+        return None if b is None else b[: -(-row_count // 8)]
+    if b is None:
+        return a
+    return a & b[: len(a)]
+
+
+def count_points(snapshot: Snapshot, filter: Filter | None) -> int:
+    total = 0
+    for unit in snapshot.units:
+        bits = _allowed_bits(unit, filter, (), None)
+        total += unit.row_count if bits is None else int(np.bitwise_count(bits).sum(dtype=np.int64))
+    return total
+
+
+def matching_ids(snapshot: Snapshot, filter: Filter) -> list[int]:
+    """Keys of all points that match, ascending."""
+    keys: list[int] = []
+    for unit in snapshot.units:
+        bits = _allowed_bits(unit, filter, (), None)
+        assert bits is not None
+        keys += unit.rows.keys_of(np.flatnonzero(unpack_bits(bits, unit.row_count)))
+    return sorted(keys)
+
+
+def scroll(snapshot: Snapshot, query: Scroll) -> PointBatch:
+    """Points in ascending id order. Each segment gives its first `limit`; the smallest win."""
+    picks: list[tuple[int, int, int]] = []  # key, unit, row
+    for number, unit in enumerate(snapshot.units):
+        if unit.row_count == 0:
+            continue
+        bits = _allowed_bits(unit, query.filter, (), None)
+        mask = None if bits is None else unpack_bits(bits, unit.row_count)
+        rows = unit.rows.ordered_rows(query.start)
+        taken = 0
+        for start in range(0, len(rows), _SCROLL_WINDOW_ROWS):
+            window = rows[start : start + _SCROLL_WINDOW_ROWS]
+            if mask is not None:
+                window = window[mask[window]]
+            window = window[: query.limit - taken]
+            taken += len(window)
+            keys = unit.rows.keys_of(window)
+            picks += [(k, number, r) for k, r in zip(keys, window.tolist(), strict=True)]
+            if taken >= query.limit:
+                break
+    picks = sorted(picks)[: query.limit]
+    return take_rows(
+        snapshot, [(n, row) for _, n, row in picks], query.with_payload, query.with_vectors
+    )
+
+
+def take_rows(
+    snapshot: Snapshot,
+    places: Sequence[tuple[int, int]],
+    payload: bool,
+    vectors: bool | tuple[str, ...],
+) -> PointBatch:
+    """The rows at (unit, row), in the given order."""
+    if not places:
+        return PointBatch.empty(payload)
+    source = np.array([n for n, _ in places], np.int64)
+    rows = np.array([row for _, row in places], np.int64)
+    parts, order = [], []
+    for number in np.unique(source).tolist():
+        here = np.flatnonzero(source == number)
+        parts.append(snapshot.units[number].rows.take(rows[here], payload, vectors))
+        order.append(here)
+    if len(parts) == 1:
+        return parts[0]
+    back = np.empty(len(rows), np.int64)
+    back[np.concatenate(order)] = np.arange(len(rows))
+    return concat(parts).take(back)
+
+
+def expected_floats(snapshot: Snapshot, query: Search) -> int:
+    """A rough cost: floats read by exact scans, and rows under a filter. Decides which thread runs it."""
+    total = 0
+    for unit in snapshot.units:
+        if query.exact or unit.rows.graph(query.using) is None:
+            total += unit.row_count * len(query.vector)
+        elif query.filter is not None:
+            total += min(unit.row_count * len(query.vector) // 8, 4_000_000)
+        if query.filter is not None:
+            total += unit.row_count * 8
+    return total

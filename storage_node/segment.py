@@ -1,0 +1,419 @@
+"""A sealed segment: files that are written once and then mapped.
+
+    segments/{id}/
+      rows.arr       ids in ascending key order, versions, payload offsets, sparse and multivectors,
+                     which rows have which vector
+      columns.arr    payload columns, for filters
+      payload.bin    JSON objects end to end
+      vectors.{i}    the i-th dense vector: Faiss flat header, then (rows, dim) float32
+      index.{i}      an HNSW graph over vectors.{i}, without the vectors; comes later
+      tombstones.{n} packed bitmap of the rows that were dead at checkpoint n; the newest counts
+
+Row number = rank of the id, so an id is found by bisection and a scroll is a range of rows. Names of
+vectors are a user's text, so files carry their number; rows.arr holds the names.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.batch import DenseBlock, MultiBlock, PointBatch, SparseBlock, pack_bits, unpack_bits
+from shoal.errors import must
+from shoal.faiss_index import FlatVectors, Graph, flat_header
+from shoal.ids import UUID_BIT, PointIds
+from shoal.storage_api import ShardSpec
+from storage_node.columns import SealedColumns, build_columns
+from storage_node.files import FileSum, FileWriter, open_array_file, write_array_file
+from storage_node.manifest import SegmentRecord
+
+__all__ = ["SealedSegment", "concat", "write_segment"]
+
+_CHUNK_ROWS = 4096  # rows that a seal or merge holds in memory at once
+Take = Callable[[NDArray[np.int64]], PointBatch]
+
+
+class SealedSegment:
+    """The rows of one segment, ready to be read.
+
+    live             (ceil(rows / 8),) uint8 packed: alive now. Changed in place by `kill`.
+    checkpoint_live  the same as of the manifest's checkpoint: what tombstones.{n} says.
+    """
+
+    def __init__(self, folder: Path, record: SegmentRecord, spec: ShardSpec) -> None:
+        self.folder, self.record, self.spec = folder, record, spec
+        self.segment_id, self.row_count = record.segment_id, record.rows
+        self._arrays, meta = open_array_file(folder / "rows.arr")
+        must(meta["rows"] == record.rows, f"{folder}: rows.arr does not fit the manifest")
+        self._ints: NDArray[np.uint64] = self._arrays["ints"]
+        self._uuids = self._arrays["uuids"].view("S16").reshape(-1)  # big-endian: sorts as bytes
+        self.columns = SealedColumns(*open_array_file(folder / "columns.arr"))
+        self._payload = _map_bytes(folder / "payload.bin")
+        self._offsets: NDArray[np.uint64] = self._arrays["payload_offsets"]
+        self._names: list[str] = meta["vectors"]
+        self._flat: dict[str, FlatVectors] = {}
+        for name, vector in spec.dense.items():
+            if not vector.multi:
+                path = folder / f"vectors.{self._names.index(name)}"
+                self._flat[name] = FlatVectors(path, vector.dim, record.rows, vector.distance)
+        self._graphs: dict[str, Graph] = {}
+        self.live = self._read_tombstones()
+        self.checkpoint_live = self.live.copy()
+        self.dead_count = self.row_count - _popcount(self.live)
+
+    def _read_tombstones(self) -> NDArray[np.uint8]:
+        if self.record.tombstones is None:
+            return pack_bits(np.ones(self.row_count, np.bool_))
+        raw = (self.folder / self.record.tombstones).read_bytes()
+        dead = np.frombuffer(raw, np.uint8)
+        return pack_bits(~unpack_bits(dead, self.row_count))
+
+    def open_graph(self, name: str) -> Graph:
+        """Map the index of a vector. Raises if it is not there or does not fit."""
+        return Graph(self.folder / self.index_file(name), self._flat[name])
+
+    def set_graph(self, name: str, graph: Graph) -> None:
+        self._graphs[name] = graph
+
+    def vectors_file(self, name: str) -> Path:
+        return self.folder / f"vectors.{self._names.index(name)}"
+
+    def index_file(self, name: str) -> str:
+        return f"index.{self._names.index(name)}"
+
+    # -- ids --------------------------------------------------------------------------------------
+    def find(self, ids: PointIds) -> NDArray[np.int64]:
+        """Live row of each id, -1 = none."""
+        rows = np.full(len(ids), -1, np.int64)
+        if ids.is_uuid is None or ids.hi is None:
+            _bisect(self._ints, ids.lo, rows, slice(None), 0)
+        else:
+            flags = ids.is_uuid
+            _bisect(self._ints, ids.lo[~flags], rows, ~flags, 0)
+            _bisect(self._uuids, _uuid_bytes(ids, flags), rows, flags, len(self._ints))
+        found = np.flatnonzero(rows >= 0)
+        if len(found):
+            hits = rows[found]
+            alive = (self.live[hits >> 3] >> (hits & 7).astype(np.uint8)) & 1
+            rows[found[alive == 0]] = -1
+        return rows
+
+    def rows_with_keys(self, keys: Sequence[int]) -> NDArray[np.uint32]:
+        rows = self.find(PointIds.from_keys(keys))
+        return np.unique(rows[rows >= 0]).astype(np.uint32)
+
+    def keys_of(self, rows: NDArray[np.integer]) -> list[int]:
+        return [self.key(row) for row in rows.tolist()]
+
+    def key(self, row: int) -> int:
+        ints = len(self._ints)
+        if row < ints:
+            return int(self._ints[row])
+        raw = self._arrays["uuids"][row - ints].tobytes()
+        return UUID_BIT | int.from_bytes(raw, "big")
+
+    def ids_of(self, rows: NDArray[np.int64]) -> PointIds:
+        ints = len(self._ints)
+        if ints == self.row_count:
+            return PointIds(self._ints[rows])
+        flags = rows >= ints
+        pairs = self._arrays["uuids"].view(">u8").reshape(-1, 2)[rows[flags] - ints]
+        lo, hi = np.empty(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
+        lo[~flags], lo[flags], hi[flags] = self._ints[rows[~flags]], pairs[:, 1], pairs[:, 0]
+        return PointIds(lo, hi, flags)
+
+    def ordered_rows(self, start: int | None) -> NDArray[np.int64]:
+        """Rows with key >= start, ascending by key; dead rows included."""
+        if start is None:
+            first = 0
+        elif start < UUID_BIT:
+            first = int(np.searchsorted(self._ints, np.uint64(start)))
+        else:
+            raw = np.array([(start ^ UUID_BIT).to_bytes(16, "big")], "S16")
+            first = len(self._ints) + int(np.searchsorted(self._uuids, raw)[0])
+        return np.arange(first, self.row_count, dtype=np.int64)
+
+    def kill(self, rows: NDArray[np.int64]) -> None:
+        """Mark live rows dead; rows do not repeat."""
+        np.bitwise_and.at(self.live, rows >> 3, ~(np.uint8(1) << (rows & 7).astype(np.uint8)))
+        self.dead_count += len(rows)
+
+    # -- contents ---------------------------------------------------------------------------------
+    def payload_bytes(self, row: int) -> bytes:
+        return self._payload[int(self._offsets[row]) : int(self._offsets[row + 1])]
+
+    def present_bits(self, name: str) -> NDArray[np.uint8] | None:
+        """Packed bitmap of the rows that have the vector; None = every row. KeyError: no such name."""
+        number = self._names.index(name) if name in self._names else None
+        if number is None:
+            raise KeyError(name)
+        return self._arrays.get(f"present.{number}")
+
+    def vectors(self, name: str) -> NDArray[np.float32]:
+        return self._flat[name].values
+
+    def graph(self, name: str) -> Graph | None:
+        return self._graphs.get(name)
+
+    def take(
+        self, rows: NDArray[np.int64], payload: bool, vectors: bool | tuple[str, ...]
+    ) -> PointBatch:
+        """Copies of the given rows, in that order."""
+        out = PointBatch(self.ids_of(rows))
+        out.versions = self._arrays["versions"][rows]
+        if payload:
+            out.set_payloads([self.payload_bytes(row) for row in rows.tolist()])
+        if not vectors:
+            return out
+        for name in self._names if isinstance(vectors, bool) else vectors:
+            bits = self.present_bits(name)
+            present = None if bits is None else unpack_bits(bits, self.row_count)
+            if name in self._flat:
+                out.dense[name] = DenseBlock(self._flat[name].values, present).take(rows)
+                continue
+            number = self._names.index(name)
+            indptr, values = self._arrays[f"indptr.{number}"], self._arrays[f"values.{number}"]
+            if name in self.spec.sparse:
+                indices = self._arrays[f"indices.{number}"]
+                out.sparse[name] = SparseBlock(indptr, indices, values, present).take(rows)
+            else:
+                out.multi[name] = MultiBlock(indptr, values, present).take(rows)
+        return out
+
+
+def _bisect(
+    ordered: NDArray[Any], wanted: NDArray[Any], rows: NDArray[np.int64], where: Any, base: int
+) -> None:
+    if len(ordered) == 0 or len(wanted) == 0:
+        return
+    if wanted.max() < ordered[0] or wanted.min() > ordered[-1]:  # ids often come in order
+        return
+    at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+    rows[where] = np.where(ordered[at] == wanted, at + base, -1)
+
+
+def _uuid_bytes(ids: PointIds, flags: NDArray[np.bool_]) -> NDArray[np.bytes_]:
+    assert ids.hi is not None
+    pairs = np.stack([ids.hi[flags], ids.lo[flags]], axis=1).astype(">u8")
+    return np.frombuffer(pairs.tobytes(), "S16")
+
+
+def _popcount(bits: NDArray[np.uint8]) -> int:
+    return int(np.bitwise_count(bits).sum(dtype=np.int64))
+
+
+def _map_bytes(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+# -- writing --------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class _Collected:
+    """What of a segment is small enough to be collected in memory while it is written."""
+
+    lo: list[NDArray[np.uint64]] = field(default_factory=list)
+    uuids: list[bytes] = field(default_factory=list)
+    versions: list[NDArray[np.uint64]] = field(default_factory=list)
+    lengths: list[NDArray[np.int64]] = field(default_factory=list)
+    present: dict[str, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    ragged: dict[str, list[SparseBlock | MultiBlock]] = field(default_factory=dict)
+
+
+def write_segment(
+    folder: Path,
+    spec: ShardSpec,
+    takes: Sequence[Take],
+    source: NDArray[np.integer],
+    rows: NDArray[np.int64],
+) -> dict[str, FileSum]:
+    """Write the files of a segment; each is fsynced, the folder is not.
+
+    takes   one function per source: rows -> PointBatch with payload, versions and all vectors
+    source  (n,) which source output row r comes from
+    rows    (n,) and which row of it. Output order must be ascending by id.
+    Memory: _CHUNK_ROWS rows at a time, plus ids, offsets, sparse and multivectors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(rows)
+    names = [*spec.dense, *spec.sparse]
+    flat = [name for name in spec.dense if not spec.dense[name].multi]
+    collected = _Collected(
+        present={name: [] for name in names},
+        ragged={name: [] for name in names if name not in flat},
+    )
+    writers = {"payload.bin": FileWriter(folder / "payload.bin")}
+    try:
+        for name in flat:
+            file = f"vectors.{names.index(name)}"
+            writers[file] = FileWriter(folder / file)
+            vector = spec.dense[name]
+            writers[file].write(flat_header(vector.dim, count, vector.distance))
+        for start in range(0, count, _CHUNK_ROWS):
+            end = min(start + _CHUNK_ROWS, count)
+            chunk = _gather(takes, source[start:end], rows[start:end])
+            _collect(collected, chunk, names)
+            writers["payload.bin"].write(chunk.payload)
+            for name in flat:
+                writers[f"vectors.{names.index(name)}"].write(chunk.dense[name].values)
+        files = {file: writer.close() for file, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    arrays, meta = _rows_arrays(collected, names, count)
+    files["rows.arr"] = write_array_file(folder / "rows.arr", arrays, meta)
+    payload = _map_bytes(folder / "payload.bin")
+    offsets = arrays["payload_offsets"].tolist()
+    columns = build_columns((payload[offsets[r] : offsets[r + 1]] for r in range(count)), count)
+    files["columns.arr"] = write_array_file(folder / "columns.arr", *columns)
+    return files
+
+
+def _collect(into: _Collected, chunk: PointBatch, names: Sequence[str]) -> None:
+    ids = chunk.ids
+    if ids.is_uuid is None:
+        into.lo.append(ids.lo)
+    else:
+        into.lo.append(ids.lo[~ids.is_uuid])
+        into.uuids.append(_uuid_bytes(ids, ids.is_uuid).tobytes())
+    must(chunk.versions is not None and chunk.payload_offsets is not None, "a chunk lacks columns")
+    assert chunk.versions is not None
+    assert chunk.payload_offsets is not None
+    into.versions.append(chunk.versions)
+    into.lengths.append(_lengths(chunk.payload_offsets))
+    for name in names:
+        block = chunk.dense.get(name) or chunk.sparse.get(name) or chunk.multi.get(name)
+        must(block is not None, f"a chunk lacks vector {name!r}")
+        assert block is not None
+        everywhere = np.ones(len(ids), np.bool_)
+        into.present[name].append(everywhere if block.present is None else block.present)
+        if not isinstance(block, DenseBlock):
+            into.ragged[name].append(block)
+
+
+def _rows_arrays(
+    collected: _Collected, names: Sequence[str], count: int
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    uuids = np.frombuffer(b"".join(collected.uuids), np.uint8).reshape(-1, 16)
+    offsets = np.zeros(count + 1, np.uint64)
+    if count:
+        offsets[1:] = np.cumsum(np.concatenate(collected.lengths))
+    arrays: dict[str, NDArray[Any]] = {
+        "ints": _joined(collected.lo, np.uint64),
+        "uuids": uuids,
+        "versions": _joined(collected.versions, np.uint64),
+        "payload_offsets": offsets,
+    }
+    ordered = len(arrays["ints"]) < 2 or bool((arrays["ints"][1:] > arrays["ints"][:-1]).all())
+    must(ordered and len(arrays["ints"]) + len(uuids) == count, "ids of a segment must ascend")
+    for number, name in enumerate(names):
+        present = _joined(collected.present[name], np.bool_)
+        if not present.all():
+            arrays[f"present.{number}"] = pack_bits(present)
+        if name not in collected.ragged:
+            continue
+        blocks = collected.ragged[name]
+        lengths = [_lengths(block.indptr) for block in blocks]
+        indptr = np.zeros(count + 1, np.uint32)
+        if count:
+            indptr[1:] = np.cumsum(np.concatenate(lengths))
+        arrays[f"indptr.{number}"] = indptr
+        arrays[f"values.{number}"] = (
+            np.concatenate([b.values for b in blocks]) if blocks else np.empty(0, np.float32)
+        )
+        sparse = [block.indices for block in blocks if isinstance(block, SparseBlock)]
+        if sparse:
+            arrays[f"indices.{number}"] = np.concatenate(sparse)
+    return arrays, {"rows": count, "vectors": list(names)}
+
+
+def _lengths(indptr: NDArray[np.uint32]) -> NDArray[np.int64]:
+    wide = indptr.astype(np.int64)
+    return wide[1:] - wide[:-1]
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _gather(
+    takes: Sequence[Take], source: NDArray[np.integer], rows: NDArray[np.int64]
+) -> PointBatch:
+    if len(takes) == 1:
+        return takes[0](rows)
+    parts, order = [], []
+    for number, take in enumerate(takes):
+        here = np.flatnonzero(source == number)
+        if len(here):
+            parts.append(take(rows[here]))
+            order.append(here)
+    if len(parts) == 1:
+        return parts[0]
+    back = np.empty(len(rows), np.int64)
+    back[np.concatenate(order)] = np.arange(len(rows))
+    return concat(parts).take(back)
+
+
+def concat(parts: Sequence[PointBatch]) -> PointBatch:
+    """All rows of several batches, in order. All must have the same columns."""
+    if len(parts) == 1:
+        return parts[0]
+    out = PointBatch(PointIds.concat(part.ids for part in parts))
+    counts = [len(part) for part in parts]
+    for name in parts[0].dense:
+        blocks = [part.dense[name] for part in parts]
+        values = np.concatenate([block.values for block in blocks])
+        out.dense[name] = DenseBlock(values, _joined_present(blocks, counts))
+    for name in parts[0].sparse:
+        sparse = [part.sparse[name] for part in parts]
+        out.sparse[name] = SparseBlock(
+            _joined_indptr([block.indptr for block in sparse]),
+            np.concatenate([block.indices for block in sparse]),
+            np.concatenate([block.values for block in sparse]),
+            _joined_present(sparse, counts),
+        )
+    for name in parts[0].multi:
+        multi = [part.multi[name] for part in parts]
+        out.multi[name] = MultiBlock(
+            _joined_indptr([block.indptr for block in multi]),
+            np.concatenate([block.values for block in multi]),
+            _joined_present(multi, counts),
+        )
+    offsets = [part.payload_offsets for part in parts if part.payload_offsets is not None]
+    if len(offsets) == len(parts):
+        out.payload = b"".join(part.payload for part in parts)
+        out.payload_offsets = _joined_indptr(offsets)
+    versions = [part.versions for part in parts if part.versions is not None]
+    if len(versions) == len(parts):
+        out.versions = np.concatenate(versions)
+    return out
+
+
+def _joined_present(
+    blocks: Sequence[DenseBlock | SparseBlock | MultiBlock], counts: Sequence[int]
+) -> NDArray[np.bool_] | None:
+    if all(block.present is None for block in blocks):
+        return None
+    return np.concatenate(
+        [
+            np.ones(count, np.bool_) if block.present is None else block.present
+            for block, count in zip(blocks, counts, strict=True)
+        ]
+    )
+
+
+def _joined_indptr(parts: Sequence[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+    total, out = 0, [np.zeros(1, np.uint32)]
+    for part in parts:
+        out.append(part[1:] + np.uint32(total))
+        total += int(part[-1])
+    return np.concatenate(out)

@@ -1,0 +1,650 @@
+"""One shard: the driver around `ShardState`. Carries decisions out on disk, in this order:
+
+    write   resolve -> log append + fsync (with all waiting writes: one group) -> apply -> answer
+    seal    log entry -> segment files + tombstones, fsynced -> manifest -> install -> trim the log
+    merge   log entry -> segment files -> index -> manifest -> install -> delete the inputs
+    index   graph file -> manifest -> install
+
+State changes and reads that are expected to be short run on the event loop, so they need no locks;
+everything that waits for a disk, and long searches, run in threads on snapshots or on frozen data.
+
+At any crash the manifest names whole files, and the log holds everything after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal import limits
+from shoal.batch import PointBatch, unpack_bits
+from shoal.errors import Busy, InvariantError, ShardStopped, ShoalError, StorageFull, Unavailable
+from shoal.ids import PointIds
+from shoal.index_api import BuildJob, IndexBuilder
+from shoal.settings import StorageSettings
+from shoal.storage_api import ShardInfo, ShardSpec, Upsert, Write, WriteResult
+from storage_node.entries import LogEntry, Merge, Seal, decode, encode
+from storage_node.faults import fault_point
+from storage_node.files import (
+    checked_sum,
+    storage_errors,
+    sync_folder,
+    verify_file,
+    write_file,
+)
+from storage_node.lanes import Lanes
+from storage_node.log import Log
+from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_manifest
+from storage_node.planner import SegmentStats, choose_merge, needs_index
+from storage_node.segment import SealedSegment, write_segment
+from storage_node.state import Checkpoint, ShardState, pick_merged
+
+__all__ = ["Shard"]
+
+_log = logging.getLogger("shoal.storage")
+_T = TypeVar("_T")
+_IDLE_S = 1.0  # writes are over for now: merge what is left
+_POLL_S = 0.5  # how often idleness is looked at, only while something may be left to do
+_RETRY_S = 2.0  # after a full disk or a failed build
+
+
+@dataclass(slots=True)
+class _Pending:
+    op: LogEntry
+    size: int
+    done: asyncio.Future[WriteResult]
+
+
+class Shard:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ShardSpec,
+        settings: StorageSettings,
+        builder: IndexBuilder | None,
+        lanes: Lanes,
+    ) -> None:
+        self.folder, self.spec = folder, spec
+        self.stopped: str | None = None
+        self.state = ShardState(spec)
+        self._settings, self._builder, self._lanes = settings, builder, lanes
+        self._log = Log(folder / "log")
+        self._manifest = Manifest(collection_id=spec.key.collection_id, shard=spec.key.shard)
+        self._manifest_lock = asyncio.Lock()  # one change of the manifest at a time
+        self._queue: deque[_Pending] = deque()
+        self._queued_bytes = 0
+        self._wake = asyncio.Event()  # the queue has something
+        self._room = asyncio.Event()  # fewer than FROZEN_SEGMENTS_MAX are frozen
+        self._seal_due = asyncio.Event()
+        self._changed = asyncio.Event()  # segments or indexes may want work
+        self._last_write = 0.0
+        self._merging = False
+        self._unverified: list[SegmentRecord] = []
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # -- opening and closing ----------------------------------------------------------------------
+    async def open(self) -> None:
+        """Recover from disk. Damage stops this shard (`stopped` says why) and nothing else."""
+        try:
+            await self._lanes.files(self._recover)
+        except (ShoalError, OSError, InvariantError, ValueError) as error:
+            self._stop(f"{error}", error)
+            return
+        self._room.set()
+        if self.state.checkpoints:
+            self._seal_due.set()
+        self._changed.set()
+        for loop in (self._commit_loop, self._seal_loop, self._optimise_loop, self._scrub_loop):
+            self._tasks.append(asyncio.create_task(self._guard(loop)))
+
+    def _recover(self) -> None:
+        segments = self.folder / "segments"
+        segments.mkdir(parents=True, exist_ok=True)
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            write_manifest(self.folder, self._manifest)
+        else:
+            self._manifest = manifest
+        kept = {str(record.segment_id) for record in self._manifest.segments}
+        for path in segments.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path)  # a seal or merge that a crash cut off: the log has it all
+        self.state = ShardState(
+            self.spec, self._manifest.next_segment_id, self._manifest.checkpoint
+        )
+        left = self._settings.verify_on_open_bytes_max
+        for record in self._manifest.segments:
+            segment, left = self._open_segment(record, left)
+            self.state.sealed.append(segment)
+        for group in self._log.open(self._manifest.checkpoint):
+            for position, entry in enumerate(group.entries):
+                sequence = group.first + position
+                if sequence > self.state.applied:
+                    self.state.apply(decode(entry), sequence)
+        alive = {segment.segment_id for segment in self.state.sealed}
+        self.state.merges = [m for m in self.state.merges if alive.issuperset(m.inputs)]
+
+    def _open_segment(self, record: SegmentRecord, left: int) -> tuple[SealedSegment, int]:
+        folder = self._segment_folder(record.segment_id)
+        size = sum(length for length, _ in record.files.values())
+        for path in folder.iterdir():
+            if path.name not in record.files:
+                path.unlink()  # an older tombstone file, or an index that was never published
+        if size <= left:
+            record = self._verified(folder, record)
+        else:
+            self._unverified.append(record)
+        segment = SealedSegment(folder, record, self.spec)
+        for name in record.indexes:
+            segment.set_graph(name, segment.open_graph(name))
+        return segment, left - size
+
+    def _verified(self, folder: Path, record: SegmentRecord) -> SegmentRecord:
+        """Check every file. A damaged index is dropped, to be built again: it is derived. Damage to
+        anything else raises ShardStopped."""
+        for name, expected in record.files.items():
+            try:
+                verify_file(folder / name, expected)
+            except ShardStopped as error:
+                if not name.startswith("index."):
+                    raise
+                _log.error("index_damaged", extra={"fields": {"why": error.message}})
+                number = int(name.removeprefix("index."))
+                vector = [*self.spec.dense, *self.spec.sparse][number]
+                record = record.model_copy(
+                    update={
+                        "files": {n: s for n, s in record.files.items() if n != name},
+                        "indexes": tuple(n for n in record.indexes if n != vector),
+                    }
+                )
+        return record
+
+    async def _scrub_loop(self) -> None:
+        """Check what was too much to check before the shard was ready."""
+        for record in self._unverified:
+            folder = self._segment_folder(record.segment_id)
+            for name, expected in record.files.items():
+                if (folder / name).exists():  # a merge may have replaced the segment
+                    await self._lanes.files(verify_file, folder / name, expected)
+
+    async def close(self) -> None:
+        """Finish the writes that were accepted; stop the background work where it is."""
+        self._closing = True
+        self._wake.set()
+        if self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._tasks[0]
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks[1:], return_exceptions=True)
+        self._log.close()
+
+    async def _guard(self, loop: Callable[[], object]) -> None:
+        """A background loop that ends with an error stops the shard: never on in silence."""
+        try:
+            await loop()  # type: ignore[misc]
+        except Exception as error:
+            self._stop(f"{type(error).__name__}: {error}", error)
+
+    def _stop(self, why: str, error: BaseException | None = None) -> None:
+        name = f"collection {self.spec.collection!r}, shard {self.spec.key.shard}"
+        self.stopped = f"{name} stopped: {why}"
+        _log.error("shard_stopped", extra={"fields": {"why": self.stopped}}, exc_info=error)
+        while self._queue:
+            pending = self._queue.popleft()
+            if not pending.done.done():
+                pending.done.set_exception(ShardStopped(self.stopped))
+
+    def check_serving(self) -> None:
+        if self.stopped is not None:
+            raise ShardStopped(self.stopped)
+
+    # -- writing ----------------------------------------------------------------------------------
+    async def write(self, op: Write) -> WriteResult:
+        """Durable and visible when it returns."""
+        self.check_serving()
+        if self._closing:
+            raise Unavailable("the server is shutting down; nothing was written")
+        size = _size_of(op)
+        too_many = len(self._queue) >= limits.LOG_QUEUE_ENTRIES_MAX
+        if too_many or self._queued_bytes + size > limits.LOG_QUEUE_BYTES_MAX:
+            raise Busy(
+                f"{len(self._queue)} writes ({self._queued_bytes >> 20} MiB) wait for the disk; "
+                "nothing was written. Send again later, or fewer at once."
+            )
+        return await self._enqueue(op, size)
+
+    def _enqueue(self, op: LogEntry, size: int) -> asyncio.Future[WriteResult]:
+        pending = _Pending(op, size, asyncio.get_running_loop().create_future())
+        self._queue.append(pending)
+        self._queued_bytes += size
+        self._wake.set()
+        return pending.done
+
+    async def _commit_loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                if len(self.state.frozen) >= limits.FROZEN_SEGMENTS_MAX:
+                    self._room.clear()
+                    await self._room.wait()
+                await self._commit(self._next_group())
+                await self._seal_if_full()
+            if self._closing:
+                return
+
+    def _next_group(self) -> list[_Pending]:
+        """The waiting writes that one fsync takes. A write that asks a question must see all before
+        it applied, so it only ever comes first."""
+        group: list[_Pending] = []
+        size = 0
+        while self._queue and (
+            not group or size + self._queue[0].size < limits.LOG_GROUP_BYTES_MAX
+        ):
+            op = self._queue[0].op
+            if group and not isinstance(op, Seal | Merge) and ShardState.asks(op):
+                break
+            pending = self._queue.popleft()
+            self._queued_bytes -= pending.size
+            size += pending.size
+            group.append(pending)
+        return group
+
+    async def _commit(self, group: list[_Pending]) -> None:
+        accepted: list[tuple[_Pending, LogEntry]] = []
+        for pending in group:
+            try:
+                op = pending.op
+                entry = op if isinstance(op, Seal | Merge) else self.state.resolve(op)
+            except ShoalError as error:
+                _fail(pending, error)
+                continue
+            if _touches_nothing(entry):
+                _answer(pending, WriteResult(self.state.applied))
+            else:
+                accepted.append((pending, entry))
+        if not accepted:
+            return
+        try:
+            first = await self._lanes.log(self._append, [entry for _, entry in accepted])
+        except StorageFull as error:
+            for pending, _ in accepted:
+                _fail(pending, error)
+            return
+        except BaseException as error:
+            for pending, _ in accepted:
+                _fail(pending, ShardStopped(f"the log could not be written: {error}"))
+            raise
+        for position, (pending, entry) in enumerate(accepted):
+            missing = self.state.apply(entry, first + position)
+            _answer(pending, WriteResult(first + position, missing))
+        self._last_write = time.monotonic()
+
+    def _append(self, entries: list[LogEntry]) -> int:
+        self._check_space(0)
+        return self._log.append([encode(entry) for entry in entries], self._manifest.term)
+
+    def _check_space(self, needed: int) -> None:
+        status = os.statvfs(self.folder)
+        free = status.f_bavail * status.f_frsize
+        if free - needed < self._settings.disk_free_bytes_min:
+            raise StorageFull(
+                f"Storage is full: {free >> 20} MiB are free on the data disk and "
+                f"{self._settings.disk_free_bytes_min >> 20} MiB are kept free. Reads go on; free "
+                "disk space and send the write again."
+            )
+
+    async def _seal_if_full(self) -> None:
+        growing = self.state.growing
+        full = growing.byte_size >= self._settings.seal_bytes
+        if not full and growing.row_count < limits.SEAL_ROWS_MAX:
+            return
+        with contextlib.suppress(StorageFull):  # stays growing; the next write finds it full again
+            seal = Seal(self.state.next_segment_id)
+            sequence = await self._lanes.log(self._append, [seal])
+            self.state.apply(seal, sequence)
+            self._seal_due.set()
+            await self._lanes.log(self._log.rotate)
+
+    # -- sealing ----------------------------------------------------------------------------------
+    async def _seal_loop(self) -> None:
+        while True:
+            await self._seal_due.wait()
+            self._seal_due.clear()
+            while self.state.checkpoints:
+                try:
+                    await self._seal(self.state.checkpoints[0])
+                except StorageFull as error:
+                    _log.warning("seal_waits", extra={"fields": {"why": error.message}})
+                    await asyncio.sleep(_RETRY_S)
+
+    async def _seal(self, checkpoint: Checkpoint) -> None:
+        frozen = checkpoint.frozen
+        record, rows = await self._lanes.files(self._write_frozen, checkpoint)
+        fault_point("seal.after_segment")
+        async with self._manifest_lock:
+            manifest = await self._lanes.files(self._checkpointed, checkpoint, record)
+            opened = None
+            if record is not None:
+                folder = self._segment_folder(record.segment_id)
+                opened = await self._lanes.files(SealedSegment, folder, record, self.spec)
+            await self._lanes.files(write_manifest, self.folder, manifest)
+            self._manifest = manifest
+            self.state.install_seal(checkpoint, opened, rows)
+            records = {r.segment_id: r for r in manifest.segments}
+            for segment in self.state.sealed:
+                segment.record = records[segment.segment_id]
+        self._room.set()
+        self._changed.set()
+        await self._lanes.files(self._log.trim, checkpoint.sequence)
+        fields = {"shard": str(self.folder), "segment": frozen.segment_id, "rows": len(rows)}
+        _log.info("sealed", extra={"fields": fields})
+
+    def _write_frozen(
+        self, checkpoint: Checkpoint
+    ) -> tuple[SegmentRecord | None, NDArray[np.int64]]:
+        fault_point("seal.before_write")
+        frozen = checkpoint.frozen
+        alive = unpack_bits(checkpoint.live_at[frozen.segment_id], frozen.row_count)
+        order = frozen.by_key().astype(np.int64)
+        rows = order[alive[order]]
+        if len(rows) == 0:
+            return None, rows
+        folder = self._segment_folder(frozen.segment_id)
+        self._check_files_space(frozen.byte_size)
+        take = frozen.view().take
+        files = write_segment(
+            folder, self.spec, [lambda r: take(r, True, True)], np.zeros(len(rows), np.uint8), rows
+        )
+        sync_folder(folder)
+        sync_folder(folder.parent)
+        return SegmentRecord(segment_id=frozen.segment_id, rows=len(rows), files=files), rows
+
+    def _check_files_space(self, needed: int) -> None:
+        """Seals may use the reserve that writes leave; a merge may not (see `_merge`)."""
+        status = os.statvfs(self.folder)
+        if status.f_bavail * status.f_frsize < needed:
+            raise StorageFull("Storage is full: no room for the next segment")
+
+    def _checkpointed(self, checkpoint: Checkpoint, record: SegmentRecord | None) -> Manifest:
+        """The manifest as of the checkpoint; writes the tombstones that changed since the last."""
+        records = []
+        for segment in self.state.sealed:
+            bits = checkpoint.live_at[segment.segment_id]
+            current = segment.record
+            if not np.array_equal(bits, segment.checkpoint_live):
+                current = self._with_tombstones(segment.folder, current, bits, checkpoint.sequence)
+            records.append(current)
+        if record is not None:
+            records.append(record)
+        return self._manifest.model_copy(
+            update={
+                "checkpoint": checkpoint.sequence,
+                "next_segment_id": max(
+                    self._manifest.next_segment_id, checkpoint.frozen.segment_id + 1
+                ),
+                "segments": tuple(records),
+            }
+        )
+
+    def _with_tombstones(
+        self, folder: Path, record: SegmentRecord, live: NDArray[np.uint8], sequence: int
+    ) -> SegmentRecord:
+        dead = np.packbits(~unpack_bits(live, record.rows), bitorder="little")
+        name = f"tombstones.{sequence}"
+        files = {n: s for n, s in record.files.items() if n != record.tombstones}
+        files[name] = write_file(folder / name, [dead])
+        sync_folder(folder)
+        return record.model_copy(update={"files": files, "tombstones": name})
+
+    # -- merging and indexing ---------------------------------------------------------------------
+    async def _optimise_loop(self) -> None:
+        while True:
+            timeout = _POLL_S if self.pending_work() else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout)
+            self._changed.clear()
+            try:
+                while await self._optimise_once():
+                    pass
+            except (StorageFull, Unavailable) as error:
+                _log.warning("optimise_waits", extra={"fields": {"why": error.message}})
+                await asyncio.sleep(_RETRY_S)
+
+    async def _optimise_once(self) -> bool:
+        """Do the next merge or index; False when there is nothing to do now."""
+        if self.state.merges:
+            await self._merge(self.state.merges[0])
+            return True
+        idle = time.monotonic() - self._last_write > _IDLE_S
+        inputs = choose_merge(self._stats(), idle=idle and not self.state.frozen)
+        if inputs:
+            rows = sum(self.state.segment(i).row_count for i in inputs)
+            size = sum(n for i in inputs for n, _ in self.state.segment(i).record.files.values())
+            await self._lanes.files(self._check_space, size)
+            merge = Merge(inputs, self.state.next_segment_id)
+            self.state.next_segment_id += 1  # a seal in the meantime must not take this number
+            _log.info("merge", extra={"fields": {"inputs": inputs, "rows": rows}})
+            await self._enqueue(merge, 0)
+            return True
+        for segment in self.state.sealed:
+            for name in self._index_wanted(segment):
+                await self._index(segment, name)
+                return True
+        return False
+
+    def _stats(self) -> list[SegmentStats]:
+        return [
+            SegmentStats(s.segment_id, s.row_count, s.row_count - s.dead_count)
+            for s in self.state.sealed
+        ]
+
+    def _index_wanted(self, segment: SealedSegment) -> list[str]:
+        if self._builder is None:
+            return []
+        return [
+            name
+            for name, vector in self.spec.dense.items()
+            if needs_index(segment.row_count, vector) and segment.graph(name) is None
+        ]
+
+    async def _merge(self, merge: Merge) -> None:
+        self._merging = True
+        try:
+            output, source, rows = await self._lanes.files(self._write_merged, merge)
+            fault_point("merge.after_segment")
+            if output is not None:
+                for name in self._index_wanted(output):
+                    output.record = await self._build(output, name)
+            async with self._manifest_lock:
+                manifest = await self._lanes.files(self._merged, merge, output, source, rows)
+                await self._lanes.files(write_manifest, self.folder, manifest)
+                self._manifest = manifest
+                folders = [self.state.segment(i).folder for i in merge.inputs]
+                self.state.install_merge(merge, output, source, rows)
+                if output is not None:
+                    output.record = manifest.segments[-1]
+            fault_point("merge.after_install")
+            for folder in folders:  # readers that still map these files keep them alive
+                await self._lanes.files(shutil.rmtree, folder)
+        finally:
+            self._merging = False
+        self._changed.set()
+
+    def _write_merged(
+        self, merge: Merge
+    ) -> tuple[SealedSegment | None, NDArray[np.uint16], NDArray[np.int64]]:
+        inputs = [self.state.segment(i) for i in merge.inputs]
+        picked = [np.flatnonzero(unpack_bits(s.checkpoint_live, s.row_count)) for s in inputs]
+        source = np.repeat(np.arange(len(inputs), dtype=np.uint16), [len(p) for p in picked])
+        rows = np.concatenate(picked).astype(np.int64)
+        order = PointIds.concat(s.ids_of(p) for s, p in zip(inputs, picked, strict=True)).order()
+        source, rows = source[order], rows[order]
+        if len(rows) == 0:
+            return None, source, rows
+        folder = self._segment_folder(merge.output)
+        if folder.exists():
+            shutil.rmtree(folder)  # an earlier try that did not end
+        takes = [lambda r, s=s: s.take(r, True, True) for s in inputs]
+        files = write_segment(folder, self.spec, takes, source, rows)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+        record = SegmentRecord(segment_id=merge.output, rows=len(rows), files=files)
+        return SealedSegment(folder, record, self.spec), source, rows
+
+    def _merged(
+        self,
+        merge: Merge,
+        output: SealedSegment | None,
+        source: NDArray[np.uint16],
+        rows: NDArray[np.int64],
+    ) -> Manifest:
+        records = [s.record for s in self.state.sealed if s.segment_id not in merge.inputs]
+        if output is not None:
+            inputs = [self.state.segment(i) for i in merge.inputs]
+            live = pick_merged([s.checkpoint_live for s in inputs], source, rows)
+            record = output.record
+            if int(np.bitwise_count(live).sum()) < record.rows:
+                record = self._with_tombstones(
+                    output.folder, record, live, self._manifest.checkpoint
+                )
+            records.append(record)
+        return self._manifest.model_copy(
+            update={
+                "next_segment_id": max(self._manifest.next_segment_id, merge.output + 1),
+                "segments": tuple(records),
+            }
+        )
+
+    async def _build(self, segment: SealedSegment, name: str) -> SegmentRecord:
+        """Build the graph of one vector beside its segment; returns the record that names it."""
+        assert self._builder is not None
+        vector = self.spec.dense[name]
+        path = segment.folder / segment.index_file(name)
+        temporary = path.with_name(path.name + ".new")
+        job = BuildJob(
+            vectors=segment.vectors_file(name),
+            count=segment.row_count,
+            dim=vector.dim,
+            distance=vector.distance,
+            m=vector.hnsw_m,
+            ef_construct=vector.hnsw_ef_construct,
+            output=temporary,
+            threads=self._settings.index_threads,
+        )
+        async with self._lanes.build:
+            await self._builder.build(job)
+
+        def publish() -> tuple[int, int]:
+            with storage_errors(path):
+                os.replace(temporary, path)
+                sync_folder(segment.folder)
+            return checked_sum(path)
+
+        total = await self._lanes.files(publish)
+        segment.set_graph(name, await self._lanes.files(segment.open_graph, name))
+        files = {**segment.record.files, path.name: total}
+        indexes = (*segment.record.indexes, name)
+        return segment.record.model_copy(update={"files": files, "indexes": indexes})
+
+    async def _index(self, segment: SealedSegment, name: str) -> None:
+        """Build the index of a live segment and publish it."""
+        built = await self._build(segment, name)
+        async with self._manifest_lock:
+            # The record may have got new tombstones while the graph was being built.
+            path = segment.index_file(name)
+            record = segment.record.model_copy(
+                update={
+                    "files": {**segment.record.files, path: built.files[path]},
+                    "indexes": (*segment.record.indexes, name),
+                }
+            )
+            segment.record = record
+            records = tuple(
+                record if r.segment_id == record.segment_id else r for r in self._manifest.segments
+            )
+            manifest = self._manifest.model_copy(update={"segments": records})
+            await self._lanes.files(write_manifest, self.folder, manifest)
+            self._manifest = manifest
+        fault_point("index.after_publish")
+        self._changed.set()
+
+    # -- reporting --------------------------------------------------------------------------------
+    def pending_work(self) -> int:
+        """Segments that still wait to be written, merged or indexed; 0 = settled."""
+        if self.stopped is not None:
+            return 0
+        waiting = len(self.state.frozen) + len(self.state.merges) + int(self._merging)
+        waiting += sum(len(self._index_wanted(s)) for s in self.state.sealed)
+        return waiting + len(choose_merge(self._stats(), idle=True))
+
+    def info(self) -> ShardInfo:
+        if self.stopped is not None:
+            return ShardInfo(stopped=self.stopped)
+        state = self.state
+        indexed = 0
+        for segment in state.sealed:
+            graphs = sum(1 for name in self.spec.dense if segment.graph(name) is not None)
+            indexed += graphs * (segment.row_count - segment.dead_count)
+        size = sum(n for s in state.sealed for n, _ in s.record.files.values())
+        return ShardInfo(
+            points=state.point_count,
+            indexed_vectors=indexed,
+            segments=len(state.sealed) + len(state.frozen) + int(state.growing.row_count > 0),
+            pending=self.pending_work(),
+            applied=state.applied,
+            bytes_on_disk=size + self._log.size_on_disk(),
+        )
+
+    def _segment_folder(self, segment_id: int) -> Path:
+        return self.folder / "segments" / str(segment_id)
+
+
+def _size_of(op: Write) -> int:
+    if isinstance(op, Upsert):
+        return _batch_size(op.points)
+    points = getattr(op, "points", None)
+    return 256 if points is None else _batch_size(points)
+
+
+def _batch_size(points: PointBatch) -> int:
+    size = 64 * len(points) + len(points.payload)
+    size += sum(block.values.nbytes for block in points.dense.values())
+    size += sum(2 * block.values.nbytes for block in points.sparse.values())
+    return size + sum(block.values.nbytes for block in points.multi.values())
+
+
+def _touches_nothing(entry: LogEntry) -> bool:
+    match entry:
+        case Seal() | Merge():
+            return False
+        case Upsert(points=points):
+            return len(points) == 0
+    where = getattr(entry, "where", None)
+    if where is None:
+        return len(entry.points) == 0  # type: ignore[union-attr]
+    return where.ids is not None and len(where.ids) == 0
+
+
+def _answer(pending: _Pending, result: WriteResult) -> None:
+    if not pending.done.done():  # the caller may have given up
+        pending.done.set_result(result)
+
+
+def _fail(pending: _Pending, error: Exception) -> None:
+    if not pending.done.done():
+        pending.done.set_exception(error)

@@ -1,0 +1,419 @@
+"""One shard as a deterministic state machine over its log.
+
+`resolve` turns a write that asks a question into an entry that holds its effect; `apply` applies an
+entry. Neither touches disk, clock or network (sealed segments are memory maps). The same entries in
+the same order give the same rows in the same segments.
+
+A key lives in at most one segment. An update kills the old row and appends a new one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.batch import PointBatch, pack_bits, unpack_bits
+from shoal.errors import must
+from shoal.ids import PointIds
+from shoal.payload import delete_keys, merge_payload
+from shoal.storage_api import (
+    ClearPayload,
+    Delete,
+    DeletePayload,
+    DeleteVectors,
+    OverwritePayload,
+    Selector,
+    SetPayload,
+    ShardSpec,
+    UpdateMode,
+    UpdateVectors,
+    Upsert,
+    Write,
+)
+from storage_node.entries import LogEntry, Merge, Seal
+from storage_node.filtering import matches
+from storage_node.growing import GrowingSegment
+from storage_node.searching import Snapshot, SnapshotUnit, matching_ids, take_rows
+from storage_node.segment import SealedSegment, concat
+
+__all__ = ["Checkpoint", "ShardState"]
+
+Bits = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """The shard as of a Seal entry, to be written to disk while the shard goes on.
+
+    live_at: segment id -> packed bitmap of the rows alive at `sequence`, for every segment there was.
+    """
+
+    sequence: int
+    frozen: GrowingSegment
+    live_at: dict[int, Bits]
+
+
+class ShardState:
+    def __init__(self, spec: ShardSpec, next_segment_id: int = 1, applied: int = 0) -> None:
+        self.spec = spec
+        self.applied = applied
+        self.next_segment_id = next_segment_id
+        self.sealed: list[SealedSegment] = []
+        self.frozen: list[GrowingSegment] = []  # sealed in the log, not yet on disk; oldest first
+        self.checkpoints: list[Checkpoint] = []  # one for each of `frozen`
+        self.merges: list[Merge] = []  # begun in the log, not yet installed
+        self.growing = GrowingSegment(0, spec)
+        self._locks: dict[int, threading.Lock] = {}
+
+    # -- reading ----------------------------------------------------------------------------------
+    def snapshot(self) -> Snapshot:
+        """What a read sees: fixed segments, row counts and live rows."""
+        units = [
+            SnapshotUnit(s, s.row_count, s.live.copy() if s.dead_count else None)
+            for s in self.sealed
+        ]
+        for growing in (*self.frozen, self.growing):
+            if growing.row_count == 0:
+                continue
+            view = growing.view()
+            lock = self._locks.setdefault(id(growing), threading.Lock())
+            live = view.live if growing.dead_count else None
+            units.append(SnapshotUnit(view, view.row_count, live, lock))
+        return Snapshot(self.spec, units)
+
+    @property
+    def point_count(self) -> int:
+        return self._alive(self.sealed) + self._alive((*self.frozen, self.growing))
+
+    @staticmethod
+    def _alive(segments: Sequence[SealedSegment | GrowingSegment]) -> int:
+        return sum(s.row_count - s.dead_count for s in segments)
+
+    def locate(self, ids: PointIds) -> list[tuple[int, int] | None]:
+        """(unit number in `snapshot()`, row) of each id; None = no such point."""
+        places: list[tuple[int, int] | None] = [None] * len(ids)
+        number = 0
+        for segment in self.sealed:
+            _note(places, number, segment.find(ids))
+            number += 1
+        keys = ids.keys()
+        for growing in (*self.frozen, self.growing):
+            if growing.row_count:
+                _note(places, number, growing.find(keys))
+                number += 1
+        return places
+
+    def current(
+        self, ids: PointIds, payload: bool = True, vectors: bool | tuple[str, ...] = True
+    ) -> tuple[PointBatch, NDArray[np.int64], int | None]:
+        """The points of these ids that exist, in order; which of `ids` they are (positions); and
+        the first id that does not exist, as a key."""
+        places = self.locate(ids)
+        found = [i for i, place in enumerate(places) if place is not None]
+        missing = None
+        if len(found) < len(places):
+            missing = ids.key(next(i for i, place in enumerate(places) if place is None))
+        rows = [place for place in places if place is not None]
+        points = take_rows(self.snapshot(), rows, payload, vectors)
+        return points, np.array(found, np.int64), missing
+
+    # -- questions to effects ---------------------------------------------------------------------
+    @staticmethod
+    def asks(op: Write) -> bool:
+        """Whether `resolve` must see every earlier write applied."""
+        match op:
+            case (
+                Upsert(update_filter=None, mode=UpdateMode.UPSERT)
+                | UpdateVectors(update_filter=None)
+            ):
+                return False
+            case Upsert() | UpdateVectors():
+                return True
+            case _:
+                return op.where.filter is not None
+
+    def resolve(self, op: Write) -> Write:
+        """The same write, as an effect: no filter, no mode."""
+        match op:
+            case Upsert():
+                return self._resolve_upsert(op)
+            case UpdateVectors():
+                return self._resolve_update_vectors(op)
+            case _:
+                if op.where.filter is None:
+                    return op
+                keys = matching_ids(self.snapshot(), op.where.filter)
+                return replace(op, where=Selector(ids=PointIds.from_keys(keys)))
+
+    def _resolve_upsert(self, op: Upsert) -> Upsert:
+        if not self.asks(op):
+            return op
+        keys = op.points.ids.keys()
+        places = self.locate(op.points.ids)
+        snapshot = self.snapshot()
+        chosen: dict[int, int] = {}  # key -> the row that stands after this batch
+        for row, key in enumerate(keys):
+            place = places[row]
+            exists = key in chosen or place is not None
+            if exists and op.mode is UpdateMode.INSERT_ONLY:
+                continue
+            if not exists and op.mode is UpdateMode.UPDATE_ONLY:
+                continue
+            if exists and op.update_filter is not None:
+                if key in chosen:
+                    point, at = op.points, chosen[key]
+                else:
+                    assert place is not None
+                    point, at = take_rows(snapshot, [place], True, True), 0
+                names = self._vectors_of(point, at)
+                if not matches(
+                    op.update_filter, point.payload_of(at), key, lambda n, has=names: n in has
+                ):
+                    continue
+            chosen[key] = row
+        rows = np.array(sorted(chosen.values()), np.int64)
+        return Upsert(op.points.take(rows))
+
+    def _resolve_update_vectors(self, op: UpdateVectors) -> UpdateVectors:
+        if op.update_filter is None:
+            return op
+        snapshot, places = self.snapshot(), self.locate(op.points.ids)
+        names: dict[int, set[str]] = {}  # key -> vectors it has after the rows before
+        keep: list[int] = []
+        for row, key in enumerate(op.points.ids.keys()):
+            place = places[row]
+            if place is None:
+                keep.append(row)  # stays, so that `apply` can report it as missing
+                continue
+            point = take_rows(snapshot, [place], True, True)
+            has = names.setdefault(key, self._vectors_of(point, 0))
+            payload = point.payload_of(0)
+            if matches(op.update_filter, payload, key, lambda n, has=has: n in has):
+                keep.append(row)
+                has |= self._vectors_of(op.points, row)
+        return UpdateVectors(op.points.take(np.array(keep, np.int64)))
+
+    def _vectors_of(self, points: PointBatch, row: int) -> set[str]:
+        return {
+            name
+            for blocks in (points.dense, points.sparse, points.multi)
+            for name, block in blocks.items()
+            if block.present is None or block.present[row]
+        }
+
+    # -- effects ----------------------------------------------------------------------------------
+    def apply(self, entry: LogEntry, sequence: int) -> int | None:
+        """Returns the first id that the entry names and that does not exist, as a key."""
+        must(sequence == self.applied + 1, f"entry {sequence} after {self.applied}")
+        missing: int | None = None
+        match entry:
+            case Upsert(points=points):
+                self._replace(_last_of_each(points), sequence)
+            case Delete(where=where):
+                assert where.ids is not None
+                self._kill(where.ids, where.ids.keys())
+            case UpdateVectors(points=points):
+                for part in _rounds(points):
+                    missed = self._update_vectors(part, sequence)
+                    missing = missed if missing is None else missing
+            case Seal(segment=segment):
+                self._freeze(segment, sequence)
+            case Merge():
+                self.next_segment_id = max(self.next_segment_id, entry.output + 1)
+                self.merges.append(entry)
+            case (
+                SetPayload()
+                | OverwritePayload()
+                | DeletePayload()
+                | ClearPayload()
+                | DeleteVectors()
+            ):
+                missing = self._change(entry, sequence)
+            case _:
+                assert_never(entry)
+        self.applied = sequence
+        return missing
+
+    def _change(
+        self,
+        entry: SetPayload | OverwritePayload | DeletePayload | ClearPayload | DeleteVectors,
+        sequence: int,
+    ) -> int | None:
+        assert entry.where.ids is not None
+        points, _, missing = self.current(_distinct(entry.where.ids))
+        if len(points) == 0:
+            return missing
+        old = [points.payload_of(row) for row in range(len(points))]
+        match entry:
+            case SetPayload():
+                points.set_payloads([merge_payload(p, entry.payload, entry.key) for p in old])
+            case OverwritePayload():
+                points.set_payloads([entry.payload] * len(old))
+            case DeletePayload():
+                points.set_payloads([delete_keys(p, entry.keys) for p in old])
+            case ClearPayload():
+                points.set_payloads([b""] * len(old))
+            case DeleteVectors():
+                for name in entry.names:
+                    for blocks in (points.dense, points.sparse, points.multi):
+                        blocks.pop(name, None)
+            case _:
+                assert_never(entry)
+        self._replace(points, sequence)
+        return missing
+
+    def _update_vectors(self, points: PointBatch, sequence: int) -> int | None:
+        existing, positions, missing = self.current(points.ids)
+        if len(existing) == 0:
+            return missing
+        update = points.take(positions)
+        count = len(existing)
+        for mine, theirs in (
+            (existing.dense, update.dense),
+            (existing.sparse, update.sparse),
+            (existing.multi, update.multi),
+        ):
+            for name, block in theirs.items():
+                new = np.ones(count, np.bool_) if block.present is None else block.present
+                pick = np.where(new, np.arange(count) + count, np.arange(count))
+                kind = (
+                    "dense"
+                    if mine is existing.dense
+                    else ("sparse" if mine is existing.sparse else "multi")
+                )
+                before, after = PointBatch(existing.ids), PointBatch(existing.ids)
+                getattr(before, kind)[name] = mine[name]
+                getattr(after, kind)[name] = block
+                mine[name] = getattr(concat([before, after]), kind)[name].take(pick)
+        self._replace(existing, sequence)
+        return missing
+
+    def _replace(self, points: PointBatch, sequence: int) -> None:
+        """Kill the rows of these ids and append the new ones. Ids do not repeat."""
+        keys = points.ids.keys()
+        self._kill(points.ids, keys)
+        self.growing.append(points, keys, sequence)
+
+    def _kill(self, ids: PointIds, keys: Sequence[int]) -> None:
+        left = len(set(keys))
+        for growing in (self.growing, *self.frozen):
+            left -= growing.kill(keys)
+        for segment in self.sealed:
+            if left <= 0:
+                break
+            rows = segment.find(ids)
+            rows = np.unique(rows[rows >= 0])
+            segment.kill(rows)
+            left -= len(rows)
+
+    # -- segments ---------------------------------------------------------------------------------
+    def _freeze(self, segment: int, sequence: int) -> None:
+        self.next_segment_id = max(self.next_segment_id, segment + 1)
+        frozen = self.growing
+        frozen.segment_id = segment
+        self.frozen.append(frozen)
+        live_at = {s.segment_id: s.live.copy() for s in self.sealed}
+        live_at |= {g.segment_id: g.view().live for g in self.frozen}
+        self.checkpoints.append(Checkpoint(sequence, frozen, live_at))
+        self.growing = GrowingSegment(0, self.spec)
+
+    def install_seal(
+        self,
+        checkpoint: Checkpoint,
+        sealed: SealedSegment | None,
+        rows: NDArray[np.int64],
+    ) -> None:
+        """The oldest frozen segment is on disk now. rows: which of its rows each sealed row was.
+        sealed is None when none of them was alive."""
+        must(self.checkpoints[0] is checkpoint, "checkpoints are installed in their order")
+        frozen = checkpoint.frozen
+        self.checkpoints.pop(0)
+        self.frozen.pop(0)
+        self._locks.pop(id(frozen), None)
+        for segment in self.sealed:
+            segment.checkpoint_live = checkpoint.live_at[segment.segment_id]
+        if sealed is None:
+            return
+        sealed.live = _pick(frozen.view().live, rows)
+        sealed.dead_count = sealed.row_count - int(np.bitwise_count(sealed.live).sum())
+        for later in self.checkpoints:
+            later.live_at[frozen.segment_id] = _pick(later.live_at[frozen.segment_id], rows)
+        self.sealed.append(sealed)
+
+    def install_merge(
+        self,
+        merge: Merge,
+        output: SealedSegment | None,
+        source: NDArray[np.integer],
+        rows: NDArray[np.int64],
+    ) -> None:
+        """Replace the inputs by the output. Output row r was row rows[r] of inputs[source[r]]."""
+        inputs = [self.segment(i) for i in merge.inputs]
+        self.sealed = [s for s in self.sealed if s.segment_id not in merge.inputs]
+        self.merges = [m for m in self.merges if m.output != merge.output]
+        for later in self.checkpoints:
+            bits = [later.live_at.pop(s.segment_id) for s in inputs]
+            if output is not None:
+                later.live_at[merge.output] = pick_merged(bits, source, rows)
+        if output is None:
+            return
+        output.live = pick_merged([s.live for s in inputs], source, rows)
+        output.checkpoint_live = pick_merged([s.checkpoint_live for s in inputs], source, rows)
+        output.dead_count = output.row_count - int(np.bitwise_count(output.live).sum())
+        self.sealed.append(output)
+
+    def segment(self, segment_id: int) -> SealedSegment:
+        return next(s for s in self.sealed if s.segment_id == segment_id)
+
+
+def pick_merged(bits: Sequence[Bits], source: NDArray[np.integer], rows: NDArray[np.int64]) -> Bits:
+    """Packed bits of the output rows, from those of the inputs."""
+    out = np.zeros(len(rows), np.bool_)
+    for number, part in enumerate(bits):
+        here = source == number
+        out[here] = unpack_bits(part, len(part) * 8)[rows[here]]
+    return pack_bits(out)
+
+
+def _pick(bits: Bits, rows: NDArray[np.int64]) -> Bits:
+    return pack_bits(unpack_bits(bits, len(bits) * 8)[rows])
+
+
+def _note(places: list[tuple[int, int] | None], number: int, rows: NDArray[np.int64]) -> None:
+    for position in np.flatnonzero(rows >= 0).tolist():
+        places[position] = (number, int(rows[position]))
+
+
+def _distinct(ids: PointIds) -> PointIds:
+    keys = ids.keys()
+    distinct = list(dict.fromkeys(keys))
+    return ids if len(distinct) == len(keys) else PointIds.from_keys(distinct)
+
+
+def _last_of_each(points: PointBatch) -> PointBatch:
+    """Without the rows that a later row of the same id replaces."""
+    keys = points.ids.keys()
+    last = {key: row for row, key in enumerate(keys)}
+    if len(last) == len(keys):
+        return points
+    return points.take(np.array(sorted(last.values()), np.int64))
+
+
+def _rounds(points: PointBatch) -> list[PointBatch]:
+    """Split so that no part names an id twice; earlier rows come in earlier parts."""
+    seen: dict[int, int] = {}
+    rounds: list[list[int]] = []
+    for row, key in enumerate(points.ids.keys()):
+        number = seen.get(key, 0)
+        seen[key] = number + 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(row)
+    if len(rounds) == 1:
+        return [points]
+    return [points.take(np.array(rows, np.int64)) for rows in rounds]
