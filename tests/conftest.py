@@ -63,7 +63,7 @@ def make_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make
 
 
 @pytest.fixture(scope="session")
-def _shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("shared") / "data", settings={"seal_bytes": 65_536})
     server.start()
     try:
@@ -74,13 +74,13 @@ def _shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest, _shared_server: Server) -> Server:
-    _remember(request, _shared_server)
-    if not _shared_server.running:
-        raise _shared_server.failed(
-            f"the shared server died (exit {_shared_server.returncode}) in an earlier test"
+def server(request: pytest.FixtureRequest, shared_server: Server) -> Server:
+    _remember(request, shared_server)
+    if not shared_server.running:
+        raise shared_server.failed(
+            f"the shared server died (exit {shared_server.returncode}) in an earlier test"
         )
-    return _shared_server
+    return shared_server
 
 
 @pytest.fixture
