@@ -1,0 +1,391 @@
+"""The coordinator: requests in, storage nodes asked, answers out. Knows nothing of HTTP.
+
+    Query ── vector of a point or a text? ──▶ one Search per shard ──▶ merge ──▶ parts of payloads
+    points ── texts? embed ── normalise ──▶ split by shard ──▶ write ──▶ first missing id, if any
+
+A collection of one shard, the default, is asked directly: no tasks, no merging, no copying.
+
+One replica per shard: every read sees every write that was answered before it, so any `consistency`
+and `ordering` that a client asks for holds by itself, and `wait=false` has nothing to win: the
+answer always comes after the log is on disk. A request that goes to several shards is applied per shard; it
+is not one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator import gather
+from coordinator.catalog import Catalog, Collection
+from coordinator.parse import (
+    PendingText,
+    PointsWrite,
+    prepare_points,
+    unknown_vector,
+    wrong_dimension,
+)
+from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, ScrollQuery, Text
+from shoal.api.filter import Filter
+from shoal.batch import PointBatch
+from shoal.encoder_api import Encoder, ModelInfo
+from shoal.errors import BadRequest, NotFound, NotSupported, must
+from shoal.ids import PointIds, format_id
+from shoal.metadata.contract import MetadataStore
+from shoal.payload import select
+from shoal.settings import CoordinatorSettings
+from shoal.storage_api import (
+    ClearPayload,
+    Delete,
+    DeletePayload,
+    DeleteVectors,
+    Hits,
+    OverwritePayload,
+    Scroll,
+    Search,
+    SetPayload,
+    ShardInfo,
+    ShardKey,
+    ShardSpec,
+    Storage,
+    UpdateVectors,
+    Upsert,
+    Write,
+    WriteResult,
+)
+from shoal.vectors import VectorField, VectorFields, prepare_query
+
+__all__ = ["Coordinator"]
+
+T = TypeVar("T")
+
+
+class Coordinator:
+    """One coordinator over one storage node. Safe to call from many tasks of one event loop."""
+
+    def __init__(
+        self,
+        *,
+        store: MetadataStore,
+        storage: Storage,
+        encoder: Encoder | None,
+        settings: CoordinatorSettings,
+    ) -> None:
+        self._storage = storage
+        self._encoder = encoder
+        self.catalog = Catalog(store, storage, settings.default_shard_number)
+
+    async def start(self) -> None:
+        """Read the catalog. The storage node may be started after this."""
+        await self.catalog.load()
+
+    def shard_specs(self) -> list[ShardSpec]:
+        return self.catalog.shard_specs()
+
+    # -- reads ------------------------------------------------------------------------------------
+    async def query(self, collection: Collection, query: Query) -> Hits:
+        """The best points, or without a query the first by id (score 0). Raises BadRequest for an
+        unknown vector or a wrong dimension, NotFound for a point to start from that is not there."""
+        if query.vector is None and query.point is None and query.text is None:
+            return await self._first_points(collection, query)
+        to = _searched(collection.fields, query.using)
+        search = Search(
+            using=query.using,
+            vector=await self._query_vector(collection, query, to),
+            limit=query.limit + query.offset,
+            filter=query.filter,
+            exclude=() if query.point is None else (query.point,),
+            score_threshold=query.score_threshold,
+            exact=query.exact,
+            ef=query.ef,
+            with_payload=query.with_payload is not False,
+            with_vectors=_known(query.with_vectors, collection.fields),
+        )
+        shards = collection.shards
+        if len(shards) == 1:
+            hits = await self._storage.search(shards[0], search)
+        else:
+            hits = gather.merge_hits(
+                await _all([self._storage.search(shard, search) for shard in shards]),
+                search.limit,
+                larger_is_better=to.distance.larger_is_better,
+            )
+        if query.offset:
+            rows = np.arange(query.offset, max(query.offset, len(hits.scores)))
+            hits = Hits(hits.points.take(rows), hits.scores[rows])
+        if isinstance(query.with_payload, PayloadSelection):
+            _select(hits.points, query.with_payload)
+        return hits
+
+    async def _first_points(self, collection: Collection, query: Query) -> Hits:
+        points = await self._scroll(
+            collection,
+            Scroll(
+                limit=query.limit + query.offset,
+                filter=query.filter,
+                with_payload=query.with_payload is not False,
+                with_vectors=_known(query.with_vectors, collection.fields),
+            ),
+        )
+        points = points.take(np.arange(query.offset, max(query.offset, len(points))))
+        if isinstance(query.with_payload, PayloadSelection):
+            _select(points, query.with_payload)
+        return Hits(points, np.zeros(len(points), np.float32))
+
+    async def _query_vector(
+        self, collection: Collection, query: Query, to: VectorField
+    ) -> NDArray[np.float32]:
+        if query.vector is not None:
+            raw = query.vector
+        elif query.text is not None:
+            raw = (await self.embed([query.text.text], query.text.model))[0].astype(np.float64)
+        else:
+            must(query.point is not None, "a search without vector, text and point")
+            return await self._vector_of(collection, cast(int, query.point), query.using, to)
+        if len(raw) != to.dim:
+            raise wrong_dimension(to.dim, len(raw))
+        vector = prepare_query(raw, to)
+        if vector is None:
+            raise BadRequest(
+                "Wrong input: the query vector contains NaN, infinity or a number that is too large"
+            )
+        return vector
+
+    async def _vector_of(
+        self, collection: Collection, key: int, name: str, to: VectorField
+    ) -> NDArray[np.float32]:
+        found = await self.retrieve(collection, Retrieve(PointIds.from_keys([key]), False, (name,)))
+        if not len(found):
+            raise NotFound(f"Not found: No point with id {format_id(key)} found")
+        block = found.dense.get(name)
+        if block is None or (block.present is not None and not block.present[0]):
+            raise BadRequest(
+                f"Wrong input: Point {format_id(key)} has no vector '{name}' to search with"
+            )
+        must(block.values.shape == (1, to.dim), "a stored vector has another dimension")
+        vector: NDArray[np.float32] = block.values[0]
+        return vector
+
+    async def retrieve(self, collection: Collection, request: Retrieve) -> PointBatch:
+        """The points that exist, in the order asked."""
+        with_payload = request.with_payload is not False
+        with_vectors = _known(request.with_vectors, collection.fields)
+        shards = collection.shards
+        if len(shards) == 1:
+            points = await self._storage.retrieve(
+                shards[0], request.ids, with_payload, with_vectors
+            )
+        else:
+            parts = await _all(
+                [
+                    self._storage.retrieve(
+                        shard, request.ids.take(rows), with_payload, with_vectors
+                    )
+                    for shard, rows in _split(request.ids, shards)
+                ]
+            )
+            points = gather.in_request_order(parts, request.ids) if parts else _no_points()
+        if isinstance(request.with_payload, PayloadSelection):
+            _select(points, request.with_payload)
+        return points
+
+    async def scroll(
+        self, collection: Collection, request: ScrollQuery
+    ) -> tuple[PointBatch, int | None]:
+        """Points by ascending id, and the key of the next one, None at the end."""
+        points = await self._scroll(
+            collection,
+            Scroll(
+                limit=request.limit + 1,
+                start=request.start,
+                filter=request.filter,
+                with_payload=request.with_payload is not False,
+                with_vectors=_known(request.with_vectors, collection.fields),
+            ),
+        )
+        following = None
+        if len(points) > request.limit:
+            following = points.ids.key(request.limit)
+            points = points.take(np.arange(request.limit))
+        if isinstance(request.with_payload, PayloadSelection):
+            _select(points, request.with_payload)
+        return points, following
+
+    async def _scroll(self, collection: Collection, scroll: Scroll) -> PointBatch:
+        shards = collection.shards
+        if len(shards) == 1:
+            return await self._storage.scroll(shards[0], scroll)
+        parts = await _all([self._storage.scroll(shard, scroll) for shard in shards])
+        return gather.first_by_id(parts, scroll.limit)
+
+    async def count(self, collection: Collection, filter: Filter | None) -> int:
+        return sum(await _all([self._storage.count(shard, filter) for shard in collection.shards]))
+
+    async def infos(self, collection: Collection) -> list[ShardInfo]:
+        return await _all([self._storage.info(shard) for shard in collection.shards])
+
+    # -- writes -----------------------------------------------------------------------------------
+    async def write(self, collection: Collection, request: AnyWrite) -> int:
+        """Apply one write; durable and visible when this returns its operation id, the largest
+        sequence number of the shards. Raises NotFound when a selected point does not exist, after
+        everything else was applied."""
+        return await self.apply(collection, await self.prepare(collection, request))
+
+    async def write_all(self, collection: Collection, requests: Sequence[AnyWrite]) -> list[int]:
+        """Apply writes in order. All are prepared before the first is applied."""
+        writes = [await self.prepare(collection, request) for request in requests]
+        return [await self.apply(collection, write) for write in writes]
+
+    async def prepare(self, collection: Collection, request: AnyWrite) -> Write:
+        """Embed texts and normalise vectors: after this nothing of the request can be wrong."""
+        if not isinstance(request, PointsWrite):
+            return request
+        if request.texts:
+            await self._embed_into(request.points, request.texts, collection.fields)
+        prepare_points(request.points, collection.fields)
+        if request.vectors_only:
+            return UpdateVectors(request.points, request.update_filter)
+        return Upsert(request.points, request.update_filter, request.mode)
+
+    async def apply(self, collection: Collection, write: Write) -> int:
+        parts = _split_write(write, collection.shards)
+        if len(parts) == 1:
+            results = [await self._storage.write(*parts[0])]
+        else:
+            results = await _all([self._storage.write(shard, part) for shard, part in parts])
+        missing = _first_missing(write, results)
+        if missing is not None:
+            raise NotFound(f"Not found: No point with id {format_id(missing)} found")
+        return max(result.sequence for result in results)
+
+    # -- texts ------------------------------------------------------------------------------------
+    async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
+        """(n, dim) float32, rows of length 1. Raises NotSupported when there is no encoder."""
+        if self._encoder is None:
+            raise NotSupported(
+                "Wrong input: this server has no encoder, so texts cannot become vectors: send "
+                "vectors, or start it with the encoder"
+            )
+        return await self._encoder.embed(texts, model)
+
+    def models(self) -> list[ModelInfo]:
+        return [] if self._encoder is None else self._encoder.models()
+
+    async def _embed_into(
+        self, points: PointBatch, texts: Sequence[PendingText], fields: VectorFields
+    ) -> None:
+        """Fill in the rows that wait for a text, one call per model."""
+        for model in sorted({text.model for text in texts}):
+            waiting = [text for text in texts if text.model == model]
+            vectors = await self.embed([text.text for text in waiting], model)
+            for text, vector in zip(waiting, vectors, strict=True):
+                to = fields.dense[text.name]
+                if len(vector) != to.dim:
+                    raise BadRequest(
+                        f"Wrong input: Vector dimension error: expected dim: {to.dim}, got "
+                        f"{len(vector)}: the model {model} does not fit the vector '{text.name}'"
+                    )
+                points.dense[text.name].values[text.row] = vector
+
+
+def _searched(fields: VectorFields, using: str) -> VectorField:
+    """The dense vector to search. Raises BadRequest for one that is not there or not searchable."""
+    to = fields.dense.get(using)
+    if to is None and using in fields.sparse:
+        raise BadRequest(
+            f"Wrong input: searching the sparse vector '{using}' is not supported by this version "
+            "of Shoal"
+        )
+    if to is None:
+        raise unknown_vector(using, fields)
+    if to.multi:
+        raise BadRequest(
+            f"Wrong input: searching the multivector '{using}' is not supported by this version of "
+            "Shoal"
+        )
+    return to
+
+
+def _known(wanted: bool | tuple[str, ...], fields: VectorFields) -> bool | tuple[str, ...]:
+    """Names that the collection does not have select nothing."""
+    if isinstance(wanted, bool):
+        return wanted
+    return tuple(name for name in wanted if name in fields) or False
+
+
+def _select(points: PointBatch, selection: PayloadSelection) -> None:
+    points.set_payloads(
+        [
+            select(points.payload_of(row), include=selection.include, exclude=selection.exclude)
+            for row in range(len(points))
+        ]
+    )
+
+
+def _no_points() -> PointBatch:
+    return PointBatch(PointIds.from_keys([]))
+
+
+# -- spreading over shards ------------------------------------------------------------------------
+def _split(ids: PointIds, shards: Sequence[ShardKey]) -> list[tuple[ShardKey, NDArray[np.intp]]]:
+    """The rows that belong to each shard, in order; shards without any are left out."""
+    owners = ids.shards(len(shards))
+    return [
+        (shard, rows)
+        for number, shard in enumerate(shards)
+        if len(rows := np.flatnonzero(owners == number))
+    ]
+
+
+def _split_write(write: Write, shards: Sequence[ShardKey]) -> list[tuple[ShardKey, Write]]:
+    if len(shards) == 1:
+        return [(shards[0], write)]
+    match write:
+        case Upsert() | UpdateVectors():
+            return [
+                (shard, replace(write, points=write.points.take(rows)))
+                for shard, rows in _split(write.points.ids, shards)
+            ]
+        case (
+            Delete()
+            | DeleteVectors()
+            | SetPayload()
+            | OverwritePayload()
+            | DeletePayload()
+            | ClearPayload()
+        ):
+            ids = write.where.ids
+            if ids is None:
+                return [(shard, write) for shard in shards]
+            return [
+                (shard, replace(write, where=replace(write.where, ids=ids.take(rows))))
+                for shard, rows in _split(ids, shards)
+            ]
+
+
+def _first_missing(write: Write, results: Sequence[WriteResult]) -> int | None:
+    """Of the first missing ids of all shards, the one that stands first in the request."""
+    missing = {result.missing for result in results} - {None}
+    if len(missing) <= 1:
+        return next(iter(missing), None)
+    ids = write.points.ids if isinstance(write, Upsert | UpdateVectors) else write.where.ids
+    must(ids is not None, "a write by filter cannot miss a point")
+    return next(key for key in cast(PointIds, ids).keys() if key in missing)  # noqa: SIM118
+
+
+async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Answers of all calls, in order. All have ended when this returns or raises the first error."""
+    if len(calls) == 1:
+        return [await calls[0]]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    answers: list[T] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        answers.append(outcome)
+    return answers

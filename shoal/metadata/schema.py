@@ -1,0 +1,205 @@
+"""The records in the metadata store, and what follows from them.
+
+    collections/{name}              CollectionRecord   what the collection is; creating or active
+    shards/{collection_id}/{shard}  ShardRecord        who holds the shard, in which term
+    ids/collection                  IdRecord           the next free collection id
+
+One JSON document per key, each with the version of its form. A form that is newer than this code is
+refused (FormatTooNew), never guessed at. Records are small; every change is one compare-and-swap on
+the revision that was read.
+
+A collection's id is never used twice, so that a shard folder left behind by a crash cannot be
+mistaken for a later collection of the same name.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from shoal.api.models import CreateCollection, HnswConfig, VectorParams
+from shoal.errors import FormatTooNew, InvariantError
+from shoal.limits import KIB
+from shoal.storage_api import ShardKey, ShardSpec, VectorSpec
+from shoal.vectors import Datatype, VectorField, VectorFields
+
+__all__ = [
+    "COLLECTIONS_PREFIX",
+    "COLLECTION_ID_KEY",
+    "LOCAL_NODE",
+    "NEVER_INDEXED",
+    "CollectionRecord",
+    "CollectionState",
+    "IdRecord",
+    "ShardRecord",
+    "collection_key",
+    "shard_key",
+    "shard_spec",
+    "vector_fields",
+]
+
+COLLECTIONS_PREFIX = "collections/"
+COLLECTION_ID_KEY = "ids/collection"
+LOCAL_NODE = "local"  # the one node of a one-machine server
+NEVER_INDEXED = 2**62  # index_bytes_min of a vector whose index is switched off
+
+
+def collection_key(name: str) -> str:
+    return COLLECTIONS_PREFIX + name
+
+
+def shard_key(collection_id: int, shard: int) -> str:
+    return f"shards/{collection_id}/{shard}"
+
+
+class Record(BaseModel):
+    """Common to all records. `newest` is the newest form that this code can read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    newest: ClassVar[int] = 1
+    version: int = Field(default=1, ge=1)
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, key: str, value: bytes) -> Self:
+        """Raises FormatTooNew for a newer form, InvariantError for what we cannot have written."""
+        version = _Versioned.model_validate_json(value).version
+        if version > cls.newest:
+            raise FormatTooNew(
+                f"the metadata record {key!r} has version {version} and this Shoal reads up to "
+                f"{cls.newest}: start the newer Shoal that wrote it"
+            )
+        try:
+            return cls.model_validate_json(value)
+        except ValidationError as error:
+            raise InvariantError(f"the metadata record {key!r} is damaged: {error}") from error
+
+
+class _Versioned(BaseModel):
+    version: int
+
+
+class CollectionState(StrEnum):
+    """creating: the shards may not all exist; nobody was told that the collection exists. After a
+    crash such a record is removed. active: everything exists."""
+
+    CREATING = "creating"
+    ACTIVE = "active"
+
+
+class CollectionRecord(Record):
+    """config is the creation request as it was sent; payload_schema maps a JSON path to the payload
+    index that was asked for, as it was sent."""
+
+    id: int = Field(ge=1)
+    name: str
+    state: CollectionState
+    shard_number: int = Field(ge=1)
+    config: dict[str, JsonValue]
+    payload_schema: dict[str, dict[str, JsonValue]] = {}
+
+    @property
+    def key(self) -> str:
+        return collection_key(self.name)
+
+    def request(self) -> CreateCollection:
+        return CreateCollection.model_validate(self.config, strict=False)
+
+    def shards(self) -> list[ShardKey]:
+        return [ShardKey(self.id, shard) for shard in range(self.shard_number)]
+
+
+class ShardRecord(Record):
+    """Who holds a shard. The term rises whenever the primary changes."""
+
+    collection_id: int
+    shard: int
+    term: int = 1
+    primary: str = LOCAL_NODE
+    in_sync: list[str] = [LOCAL_NODE]
+    joining: list[str] = []
+    leaving: list[str] = []
+
+    @property
+    def key(self) -> str:
+        return shard_key(self.collection_id, self.shard)
+
+
+class IdRecord(Record):
+    next_id: int = 1
+
+
+# -- what a creation request means ----------------------------------------------------------------
+def vector_fields(request: CreateCollection) -> VectorFields:
+    """What a point of this collection may hold."""
+    dense = {
+        name: VectorField(
+            dim=params.size,
+            distance=params.distance,
+            datatype=params.datatype or Datatype.FLOAT32,
+            multi=params.multivector_config is not None,
+        )
+        for name, params in named_vectors(request).items()
+    }
+    return VectorFields(dense, frozenset(request.sparse_vectors or ()))
+
+
+def shard_spec(record: CollectionRecord, shard: int) -> ShardSpec:
+    """What a storage node must know to hold one shard of the collection."""
+    request = record.request()
+    return ShardSpec(
+        key=ShardKey(record.id, shard),
+        collection=record.name,
+        dense={
+            name: _vector_spec(params, request) for name, params in named_vectors(request).items()
+        },
+        sparse=tuple(sorted(request.sparse_vectors or ())),
+    )
+
+
+def named_vectors(request: CreateCollection) -> dict[str, VectorParams]:
+    """Name -> vector; the unnamed one is ""."""
+    vectors = request.vectors
+    if vectors is None:
+        return {}
+    return {"": vectors} if isinstance(vectors, VectorParams) else vectors
+
+
+def _vector_spec(params: VectorParams, request: CreateCollection) -> VectorSpec:
+    hnsw = _merged(request.hnsw_config, params.hnsw_config)
+    settings: dict[str, Any] = {}
+    if hnsw.m:
+        settings["hnsw_m"] = hnsw.m
+    if hnsw.ef_construct:
+        settings["hnsw_ef_construct"] = hnsw.ef_construct
+    return VectorSpec(
+        dim=params.size,
+        distance=params.distance,
+        multi=params.multivector_config is not None,
+        index_bytes_min=_index_bytes_min(hnsw, request),
+        **settings,
+    )
+
+
+def _merged(collection: HnswConfig | None, vector: HnswConfig | None) -> HnswConfig:
+    """The vector's own settings over the collection's."""
+    merged: dict[str, Any] = {}
+    for block in (collection, vector):
+        if block is not None:
+            merged |= {name: value for name, value in block if value is not None}
+    return HnswConfig(**merged)
+
+
+def _index_bytes_min(hnsw: HnswConfig, request: CreateCollection) -> int | None:
+    """Two settings speak about the same bound, both in KiB: the larger one holds."""
+    optimizers = request.optimizers_config
+    threshold = optimizers.indexing_threshold if optimizers is not None else None
+    if hnsw.m == 0 or threshold == 0:
+        return NEVER_INDEXED
+    given = [kib for kib in (hnsw.full_scan_threshold, threshold) if kib is not None]
+    return max(given) * KIB if given else None
