@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from shoal.settings import LoadedSettings
 
-__all__ = ["main"]
+__all__ = ["Parser", "main"]
 
 _OVERVIEW = """\
 usage: shoal COMMAND ...
@@ -63,7 +63,7 @@ def _refuse(message: str, status: int = 2) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Names the right flag when one is misspelt."""
 
     def __init__(self, prog: str, about: str) -> None:
@@ -89,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
 # -- settings from flags ---------------------------------------------------------------------------
 
 
-def _add_settings(parser: _Parser) -> None:
+def _add_settings(parser: Parser) -> None:
     """A flag for every setting, with its description, variable and default."""
     from shoal.settings import (
         CONFIG_VARIABLE,
@@ -136,7 +136,7 @@ _PRECEDENCE = "Flags win over SHOAL_ variables, variables over the settings file
 
 
 def _serve(arguments: list[str]) -> int:
-    parser = _Parser("shoal serve", f"Serve everything in one process.\n{_PRECEDENCE}")
+    parser = Parser("shoal serve", f"Serve everything in one process.\n{_PRECEDENCE}")
     _add_settings(parser)
     loaded = _load_settings(parser.parse_args(arguments))
     from shoal.cpu import prepare_environment
@@ -149,7 +149,7 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _settings(arguments: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         "shoal settings",
         f"Show what `shoal serve` with the same flags would use, and where it comes from.\n"
         f"{_PRECEDENCE} Keys are not shown.",
@@ -179,7 +179,7 @@ def _import(arguments: list[str]) -> int:
 
 
 def _version(arguments: list[str]) -> int:
-    _Parser("shoal version", "Print the version.").parse_args(arguments)
+    Parser("shoal version", "Print the version.").parse_args(arguments)
     from shoal.version import VERSION
 
     print(f"shoal {VERSION}")
