@@ -7,8 +7,8 @@ A collection of one shard, the default, is asked directly: no tasks, no merging,
 
 One replica per shard: every read sees every write that was answered before it, so any `consistency`
 and `ordering` that a client asks for holds by itself, and `wait=false` has nothing to win: the
-answer always comes after the log is on disk. A request that goes to several shards is applied per shard; it
-is not one transaction.
+answer always comes after the log is on disk. A request that goes to several shards is applied per
+shard; it is not one transaction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from coordinator.parse import (
     unknown_vector,
     wrong_dimension,
 )
-from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, ScrollQuery, Text
+from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, ScrollQuery
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
 from shoal.encoder_api import Encoder, ModelInfo

@@ -1,0 +1,290 @@
+"""What every HTTP request goes through, whichever way it came in: key, load, body, options, answer.
+
+    raw ASGI (hot paths) ─┐
+                          ├─▶ Api.answer(route, …) ─▶ route.handler(call) ─▶ result bytes
+    FastAPI (all others) ─┘        key → load → body → options → timeout → errors → envelope
+
+Handlers return the JSON of `result`; errors are raised as the types of shoal/errors.py and become
+`{"status": {"error": …}}` here and only here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+from urllib.parse import parse_qsl
+
+from coordinator.metrics import Metrics
+from coordinator.render import render_error, render_result
+from coordinator.service import Coordinator
+from shoal.errors import (
+    BadRequest,
+    BodyTooLarge,
+    Busy,
+    Forbidden,
+    ShoalError,
+    TimedOut,
+    Unauthorized,
+    Unavailable,
+)
+from shoal.health import HealthReport
+from shoal.limits import BODY_BYTES_MAX, PENDING_REQUESTS_MAX, REQUEST_TIMEOUT_S_MAX
+from shoal.telemetry import logger
+
+__all__ = ["Answer", "Api", "Call", "Options", "Receive", "Route", "Scope", "Send"]
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+_log = logger("http")
+_JSON = b"application/json"
+_DRAIN_BYTES_MAX = BODY_BYTES_MAX  # of a body that is too large, so that its sender can read 413
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Query parameters that all of the API shares. `consistency` and `ordering` are checked and
+    otherwise without effect: one replica gives the strongest of each."""
+
+    wait: bool = False
+    timeout_s: float | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """One request on its way to a handler. params: the parts of the path, decoded."""
+
+    coordinator: Coordinator
+    params: Mapping[str, str]
+    body: bytes
+    options: Options
+    health: Callable[[], HealthReport]
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    body: bytes
+    content_type: bytes = _JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+Handler = Callable[[Call], Awaitable[bytes | Answer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """operation  the name in metrics and in /openapi.json.
+    writes     refused to the read-only key.
+    public     needs no key.
+    hot        also matched before FastAPI.
+    request, result  models for /openapi.json; a request of bytes is a serialized PointBatch.
+    """
+
+    method: str
+    path: str
+    operation: str
+    handler: Handler
+    summary: str
+    request: Any = None
+    result: Any = None
+    writes: bool = False
+    public: bool = False
+    hot: bool = False
+    tag: str = "points"
+    options: tuple[str, ...] = ()
+
+
+_DEFAULT_OPTIONS = Options()
+
+
+class Api:
+    """Answers requests of one coordinator."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        health: Callable[[], HealthReport],
+        api_key: str | None,
+        read_only_api_key: str | None,
+    ) -> None:
+        self._coordinator = coordinator
+        self._health = health
+        self._api_key = None if api_key is None else api_key.encode()
+        self._read_only_key = None if read_only_api_key is None else read_only_api_key.encode()
+        self.metrics = Metrics()
+
+    async def answer(
+        self, route: Route, params: Mapping[str, str], scope: Scope, receive: Receive
+    ) -> Answer:
+        """Never raises for what the caller or the world did wrong."""
+        started = perf_counter()
+        metrics = self.metrics
+        metrics.in_flight += 1
+        try:
+            answer = await self._answered(route, params, scope, receive, started)
+        except ShoalError as error:
+            answer = _refusal(error, perf_counter() - started)
+        except Exception as error:
+            _log.error("request_failed", operation=route.operation, error=error)
+            message = (
+                "Service internal error: a bug in Shoal, written to its log; the request may have "
+                "happened"
+            )
+            answer = Answer(500, render_error(message, perf_counter() - started))
+        finally:
+            metrics.in_flight -= 1
+        metrics.observe(route.operation, answer.status, perf_counter() - started)
+        return answer
+
+    async def _answered(
+        self,
+        route: Route,
+        params: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        started: float,
+    ) -> Answer:
+        if self._api_key is not None and not route.public:
+            self._authorize(scope, route)
+        if self.metrics.in_flight > PENDING_REQUESTS_MAX:
+            raise Busy(
+                f"Too many requests: {PENDING_REQUESTS_MAX} are being answered: wait a second and "
+                "send again"
+            )
+        body = await _read_body(scope, receive)
+        query = scope["query_string"]
+        options = _options(query) if query else _DEFAULT_OPTIONS
+        call = Call(self._coordinator, params, body, options, self._health, self.metrics)
+        if options.timeout_s is None:
+            result = await route.handler(call)
+        else:
+            result = await _within(options.timeout_s, route.handler(call))
+        if isinstance(result, bytes):
+            return Answer(200, render_result(result, perf_counter() - started))
+        return result
+
+    def _authorize(self, scope: Scope, route: Route) -> None:
+        given = _given_key(scope["headers"])
+        if given is None:
+            raise Unauthorized(
+                "Unauthorized: Must provide an API key or an Authorization bearer token"
+            )
+        # Both comparisons take the same time whatever is given.
+        if self._api_key is not None and hmac.compare_digest(given, self._api_key):
+            return
+        if self._read_only_key is not None and hmac.compare_digest(given, self._read_only_key):
+            if not route.writes:
+                return
+            raise Forbidden("Forbidden: this API key may only read: use the key that may write")
+        raise Unauthorized("Unauthorized: Invalid API key")
+
+
+def _refusal(error: ShoalError, seconds: float) -> Answer:
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    if isinstance(error, Busy):
+        headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))),)
+    elif isinstance(error, BodyTooLarge):
+        headers = ((b"connection", b"close"),)
+    return Answer(error.status_code, render_error(error.message, seconds), headers=headers)
+
+
+def _given_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """From `api-key`, else from `Authorization: Bearer`. Header names are lower case in ASGI."""
+    bearer = None
+    for name, value in headers:
+        if name == b"api-key":
+            return value
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            bearer = value[7:].strip()
+    return bearer
+
+
+async def _read_body(scope: Scope, receive: Receive) -> bytes:
+    message = await receive()
+    first: bytes = message.get("body", b"")
+    if not message.get("more_body", False):
+        if message["type"] == "http.disconnect":
+            raise Unavailable("the client went away before its request was complete")
+        if len(first) > BODY_BYTES_MAX:
+            raise _too_large()
+        return first
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > BODY_BYTES_MAX:
+            raise _too_large()
+    parts, size = [first], len(first)
+    while message.get("more_body", False):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Unavailable("the client went away before its request was complete")
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= BODY_BYTES_MAX:
+            parts.append(part)
+        elif size > BODY_BYTES_MAX + _DRAIN_BYTES_MAX:
+            break
+        else:
+            parts.clear()
+    if size > BODY_BYTES_MAX:
+        raise _too_large()
+    return b"".join(parts)
+
+
+def _too_large() -> BodyTooLarge:
+    return BodyTooLarge(
+        f"Payload too large: a request may have {BODY_BYTES_MAX} bytes: send several smaller ones"
+    )
+
+
+async def _within(seconds: float, work: Awaitable[bytes | Answer]) -> bytes | Answer:
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise TimedOut(
+            f"Timeout: the request took longer than {seconds:g} s; if it was a write, it may "
+            "have happened"
+        ) from None
+
+
+# -- query parameters -----------------------------------------------------------------------------
+def _options(query: bytes) -> Options:
+    try:
+        given = dict(parse_qsl(query.decode(), keep_blank_values=True, errors="strict"))
+    except ValueError:
+        raise BadRequest("Wrong input: the query parameters are not valid UTF-8") from None
+    for name, check, wanted in _CHECKS:
+        if name in given and not check(given[name]):
+            raise BadRequest(f"Wrong input: query parameter `{name}` must be {wanted}")
+    timeout = given.get("timeout")
+    return Options(
+        wait=given.get("wait", "false") == "true",
+        timeout_s=None if timeout is None else float(timeout),
+    )
+
+
+def _is_consistency(text: str) -> bool:
+    return text in ("majority", "quorum", "all") or _is_count(text)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) >= 1
+
+
+def _is_timeout(text: str) -> bool:
+    return _is_count(text) and int(text) <= REQUEST_TIMEOUT_S_MAX
+
+
+_CHECKS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
+    ("wait", {"true", "false"}.__contains__, "true or false"),
+    ("ordering", {"weak", "medium", "strong"}.__contains__, "weak, medium or strong"),
+    ("consistency", _is_consistency, "a number of replicas, majority, quorum or all"),
+    ("timeout", _is_timeout, f"a number of seconds from 1 to {REQUEST_TIMEOUT_S_MAX}"),
+)
