@@ -1,0 +1,1 @@
+"""Turns texts into vectors: batching, the model, and the service around both."""

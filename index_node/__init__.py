@@ -1,0 +1,1 @@
+"""Builds indexes for sealed segments, away from the process that serves."""

@@ -220,7 +220,7 @@ def _why_not_bound(host: str, port: int, error: OSError) -> str:
 def _encoder(settings: ServeSettings) -> Encoder | None:
     if settings.encoder_model.lower() == "none":
         return None
-    return LocalEncoder(settings, precision=settings.encoder_precision)
+    return LocalEncoder(settings)
 
 
 def _plain(secret: SecretStr | None) -> str | None:

@@ -3,6 +3,7 @@
     FORMAT            "shoal data, format 1"; a newer number is refused
     LOCK              held by flock while a server runs; the kernel frees it when the process ends
     server.json       {"pid", "http_host", "http_port", "version"} while requests are answered
+    server.log        of a server that `shoal demo` started
     metadata.sqlite   the catalog
     shards/<collection id>/<shard>/
 
@@ -25,7 +26,7 @@ __all__ = ["FORMAT", "DataDirectory", "ServerInfo"]
 
 FORMAT = 1
 _FORMAT_TEXT = re.compile(r"shoal data, format (\d+)\s*")
-_HARMLESS = frozenset({"LOCK", "server.json", "lost+found"})  # what an empty folder may hold
+_HARMLESS = frozenset({"LOCK", "server.json", "server.log", "lost+found"})  # in an empty folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Logger:
 
     def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
         if self._log.isEnabledFor(level):
-            self._log.log(level, event, extra={"shoal_fields": fields})
+            self._log.log(level, event, extra={"fields": fields})
 
 
 def logger(component: str) -> Logger:
@@ -63,14 +63,13 @@ class _Formatter(logging.Formatter):
         at = datetime.fromtimestamp(record.created, UTC)
         component = record.name.removeprefix(_ROOT + ".")
         head = f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z {record.levelname.lower()}"
-        fields: dict[str, object] | None = getattr(record, "shoal_fields", None)
+        fields: dict[str, object] | None = getattr(record, "fields", None)
         if fields is None:
-            fields = {"message": record.getMessage()}
-            if record.exc_info:
-                fields["trace"] = self.formatException(record.exc_info)
-            event = "log"
+            fields, event = {"message": record.getMessage()}, "log"
         else:
             event = record.getMessage()
+        if record.exc_info:
+            fields = fields | {"trace": self.formatException(record.exc_info)}
         parts = [f"{key}={_value(value)}" for key, value in fields.items() if value is not None]
         return " ".join([head, component, event, *parts])
 

@@ -1,0 +1,1 @@
+"""The words of the HTTP API: models of requests and answers, and the filter language."""

@@ -1,0 +1,79 @@
+# Every target sets up .venv by itself. Nothing is installed outside it.
+#   make PYTHON=python3.12 install      another interpreter (3.11 or newer)
+PYTHON ?= python3
+EXTRAS ?= cpu,encoder,import,dev
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NOT_ALONE := slow or cluster or docker or gpu or browser or compat
+
+# The build without CUDA: 0.2 GB in place of 3. Where pip would choose one that pulls CUDA (from the
+# default index on Linux), the same version is taken from PyTorch's own CPU index.
+TORCH := torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: help install demo serve test check test-slow test-compat test-browser bench proto format clean
+
+help:
+	@echo "make demo          index real text, ask it questions, leave the server running"
+	@echo "make test          the tests that need nothing else, in a few minutes"
+	@echo "make check         style, types, house rules, fresh generated code"
+	@echo "make test-slow     crash, recall and differential tests at full length"
+	@echo "make test-compat   LangChain, LlamaIndex, Haystack and mem0 against a server"
+	@echo "make test-browser  the dashboard in Chromium"
+	@echo "make bench         the measurements of the README; hours on a small machine"
+	@echo "make install       only set up .venv"
+	@echo "make clean         remove what was built; data folders stay"
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Shoal needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python pyproject.toml
+	@if $(PIP) install --quiet --dry-run --no-deps --report - $(TORCH) | grep -q '"nvidia-\|"cuda-'; then \
+	  $(PIP) install --index-url $(TORCH_CPU_INDEX) $(TORCH); else $(PIP) install $(TORCH); fi
+	$(PIP) install --editable '.[$(EXTRAS)]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/shoal demo
+
+serve: $(STAMP)
+	$(BIN)/shoal serve
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not ($(NOT_ALONE))"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-compat: $(STAMP)
+	$(PIP) install --quiet --editable '.[$(EXTRAS),compat]'
+	$(BIN)/python -m pytest -m compat
+
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy shoal coordinator storage_node index_node monitor encoder
+	$(BIN)/python -m pytest -q tests/test_tidy.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+proto: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. $$(find proto -name '*.proto')
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
