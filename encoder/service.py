@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from encoder.batching import Lane, Slice, WaitingTexts, plan_batches
 from encoder.model import INSTALL_HINT, ModelFolder, TextModel, TokenizedText, bundled_model_path
-from shoal.encoder_api import DEFAULT_MODEL, Embedding, EncoderOptions, ModelInfo, resolve_model
+from shoal.encoder_api import DEFAULT_MODEL, Embedding, ModelInfo, resolve_model
 from shoal.errors import (
     BadRequest,
     Busy,
@@ -36,15 +36,17 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal.limits import MIB, TEXT_BYTES_MAX, TEXTS_PER_REQUEST_MAX
+from shoal.settings import EncoderSettings
 from shoal.telemetry import logger
 
 __all__ = ["LocalEncoder"]
 
+BATCH_TOKENS_MAX = 1_024
 BATCH_ROWS_MAX = 128
 WINDOW_TEXTS_MAX = 256  # tokenized and sorted by length together
+QUEUE_TEXTS_MAX = 4 * TEXTS_PER_REQUEST_MAX
 QUEUE_BYTES_MAX = 64 * MIB
 RETRY_AFTER_S_MAX = 60.0
-THREADS_MAX = 8  # of our own choice: passes are small, and more threads mostly wait for each other
 
 _T = TypeVar("_T")
 
@@ -94,17 +96,27 @@ class _Batch:
 class LocalEncoder:
     """Implements `shoal.encoder_api.Encoder`.
 
-    The bundled all-MiniLM-L6-v2 is offered when its package is installed, under DEFAULT_MODEL;
-    `options.model_paths` adds models or replaces it. SettingsError when such a folder holds no
-    model that can be used.
+    settings          encoder_model names the bundled all-MiniLM-L6-v2 or a folder on disk, whose
+                      name (in lower case) is then the model's. The bundled one is always offered
+                      when its package is installed; if it is not, requests get NotSupported.
+    batch_tokens_max  padded tokens of one forward pass, and so how long a query may wait behind
+                      bulk work: about 0.1 s. Larger passes were no faster.
+    queue_texts_max   texts that wait before new requests are answered with Busy.
+    Raises            SettingsError when that folder holds no model that can be used.
     """
 
-    def __init__(self, options: EncoderOptions = EncoderOptions()) -> None:  # noqa: B008 (frozen)
-        self._options = options
-        self._threads = options.threads or max(1, min(THREADS_MAX, (os.cpu_count() or 1) - 1))
-        self._entries = _find_models(options)
+    def __init__(
+        self,
+        settings: EncoderSettings,
+        *,
+        batch_tokens_max: int = BATCH_TOKENS_MAX,
+        queue_texts_max: int = QUEUE_TEXTS_MAX,
+    ) -> None:
+        self._settings = settings
+        self._batch_tokens_max = batch_tokens_max
+        self._entries = _find_models(settings.encoder_model)
         self._wake = threading.Condition()  # guards the five below
-        self._waiting = WaitingTexts(texts_max=options.queue_texts_max, bytes_max=QUEUE_BYTES_MAX)
+        self._waiting = WaitingTexts(texts_max=queue_texts_max, bytes_max=QUEUE_BYTES_MAX)
         self._requests: dict[int, _Request] = {}
         self._loads: deque[tuple[str, Future[ModelInfo]]] = deque()
         self._thread: threading.Thread | None = None
@@ -265,7 +277,7 @@ class LocalEncoder:
             _Batch(model, [rows[position] for position in batch])
             for batch in plan_batches(
                 [len(row.text.token_ids) for row in rows],
-                tokens_max=self._options.batch_tokens_max,
+                tokens_max=self._batch_tokens_max,
                 rows_max=BATCH_ROWS_MAX,
             )
         ]
@@ -308,7 +320,9 @@ class LocalEncoder:
             started = time.perf_counter()
             try:
                 entry.loaded = TextModel.load(
-                    entry.folder, precision=self._options.precision, threads=self._threads
+                    entry.folder,
+                    precision=self._settings.encoder_precision,
+                    threads=self._settings.encoder_threads,
                 )
                 entry.fingerprint = entry.folder.fingerprint()
             except SettingsError as error:  # found too late to stop the start
@@ -317,7 +331,7 @@ class LocalEncoder:
                 "model_loaded",
                 model=name,
                 precision=entry.loaded.precision,
-                threads=self._threads,
+                threads=self._settings.encoder_threads,
                 took_s=time.perf_counter() - started,
             )
         return entry.loaded
@@ -349,14 +363,22 @@ class LocalEncoder:
             _fail(future, Unavailable("The encoder closed before these texts were embedded."))
 
 
-def _find_models(options: EncoderOptions) -> dict[str, _Entry]:
+def _find_models(wanted: str) -> dict[str, _Entry]:
+    """The bundled model, if its package is installed, and the one of the setting encoder_model."""
+    short_name = DEFAULT_MODEL.rpartition("/")[2]
     entries: dict[str, _Entry] = {}
     bundled = bundled_model_path()
     if bundled is not None:
-        short_name = DEFAULT_MODEL.rpartition("/")[2]
         entries[DEFAULT_MODEL] = _Entry(ModelFolder.read(bundled), (short_name,))
-    for name, path in options.model_paths.items():
-        entries[name.strip().lower()] = _Entry(ModelFolder.read(path), ())
+    if wanted.strip().lower() in (DEFAULT_MODEL, short_name):
+        return entries
+    folder = Path(wanted).expanduser()
+    if not folder.is_dir():
+        raise SettingsError(
+            f"The setting encoder_model is {wanted!r}, which is neither {DEFAULT_MODEL} nor a "
+            "folder with config.json, tokenizer.json and model.safetensors."
+        )
+    entries[folder.resolve().name.lower()] = _Entry(ModelFolder.read(folder), ())
     return entries
 
 

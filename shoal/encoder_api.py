@@ -12,8 +12,7 @@ decides this; it answers the full name or raises BadRequest naming what is known
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -25,7 +24,6 @@ __all__ = [
     "DEFAULT_MODEL",
     "Embedding",
     "Encoder",
-    "EncoderOptions",
     "ModelInfo",
     "Precision",
     "resolve_model",
@@ -34,24 +32,6 @@ __all__ = [
 DEFAULT_MODEL = "sentence-transformers/all-minilm-l6-v2"
 
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderOptions:
-    """How an encoder runs in this process. The settings of a server end up here."""
-
-    model_paths: Mapping[str, Path] = field(default_factory=dict)
-    """Models besides the bundled one: full name -> folder with config.json, tokenizer.json and
-    model.safetensors."""
-    threads: int = 0
-    """CPU threads of one forward pass; 0 leaves one core of the machine to search and HTTP."""
-    precision: Precision = "auto"
-    """auto: bfloat16 where the CPU computes it in hardware, else float32."""
-    batch_tokens_max: int = 1_024
-    """Padded tokens of one forward pass, and so how long a query may wait behind bulk work: about
-    0.1 s. Larger passes were no faster."""
-    queue_texts_max: int = 16_384
-    """Texts waiting or in work before new requests are answered with Busy."""
 
 
 @dataclass(frozen=True, slots=True)
