@@ -64,7 +64,7 @@ class VectorSpec:
     distance: Distance
     multi: bool = False
     hnsw_m: int = 16
-    hnsw_ef_construct: int = 200
+    hnsw_ef_construct: int = 128
     index_bytes_min: int | None = None  # None: from limits.INDEX_FLOATS_MIN
 
 

@@ -14,9 +14,9 @@ __all__ = ["Bits", "Rows", "count", "full", "inverted", "none", "of_rows", "to_m
 Bits = NDArray[np.uint8]
 Rows = NDArray[np.uint32]
 
-# Above, setting single bits beats writing a byte per row first. Measured: 1 ns a row written and
-# packed against 15 ns a bit.
-_SPARSE_SHARE = 32
+# With fewer rows than one in so many, setting single bits beats writing a byte for every row first.
+# Measured with 100,000 rows: 390 rows take 6.6 us against 5.4, 97 rows 4.3 against 4.9.
+_SPARSE_SHARE = 256
 
 
 def none(n: int) -> Bits:

@@ -264,6 +264,7 @@ class _GrowingColumn(PathColumn):
     def __init__(self, values: PathValues, row_count: int) -> None:
         self.n = row_count
         self._values = values
+        self.single = not len(values.array("count_rows"))
 
     def _rows(self, name: str) -> Rows:
         """An ascending array of rows, without those that came after the reader."""
@@ -277,7 +278,15 @@ class _GrowingColumn(PathColumn):
         return self._values.array(values)[: len(cut)], cut
 
     def _picked(self, rows: Rows, chosen: NDArray[np.bool_]) -> Bits:
-        return bitmaps.of_rows(rows[chosen], self.n)
+        """The bitmap of rows[chosen]; rows ascending. Picking by a mask is the slow part, so it is
+        avoided for columns with one value a row."""
+        if not self.single:
+            return bitmaps.of_rows(rows[chosen], self.n)
+        if len(rows) == self.n:  # rows 0, 1, 2, …
+            return np.packbits(chosen, bitorder="little")
+        mask = np.zeros(self.n, np.bool_)
+        mask[rows] = chosen
+        return np.packbits(mask, bitorder="little")
 
     def flag(self, name: str) -> Bits:
         return bitmaps.of_rows(self._rows(name), self.n)
@@ -302,7 +311,7 @@ class _GrowingColumn(PathColumn):
     def _listed(self, ids: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], Rows]:
         codes, rows = self._cut("codes", "code_rows")
         if len(ids) == 1:
-            return codes == ids[0], rows
+            return codes == ids[0], rows  # both uint32: nothing is converted
         table = np.zeros(len(self._values.keywords), np.bool_)
         table[ids] = True
         return table[codes], rows

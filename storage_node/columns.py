@@ -201,6 +201,7 @@ class _SealedColumn(PathColumn):
         # Memory views give Python numbers and bytes several times faster than arrays do.
         self._text = self._array("text", np.uint8).data
         self._text_ends = self._array("text_ends", np.uint32).data
+        self.single = not len(self._array("count_rows", np.uint32))
         byte_count = (row_count + 7) // 8
         self._dense = self._array("dense", np.uint32)
         self._dense_bits = self._array("dense_bits", np.uint8).reshape(-1, max(byte_count, 1))
@@ -295,12 +296,10 @@ class _SealedColumn(PathColumn):
         return held
 
     def other_keyword_bits(self, ids: NDArray[np.uint32]) -> Bits:
-        """A row has an unlisted keyword if it has more keywords than listed ones."""
-        if not self.keyword_count():
-            return bitmaps.none(self.n)
         every = np.arange(self.keyword_count(), dtype=np.uint32)
-        if not len(ids):
-            return self.keyword_bits(every)
+        if self.single or not len(ids):
+            return self.keyword_bits(every) & ~self.keyword_bits(ids)
+        # A row has an unlisted keyword if it has more keywords than listed ones.
         more = self._keywords_per_row(every) > self._keywords_per_row(ids)
         return np.packbits(more, bitorder="little")
 
@@ -339,8 +338,8 @@ class _SealedColumn(PathColumn):
         return bitmaps.of_rows(self._listed_int_rows(values), self.n)
 
     def other_int_bits(self, values: NDArray[np.int64]) -> Bits:
-        if not len(values) or not len(self._int_values):
-            return bitmaps.of_rows(self._int_rows, self.n)
+        if self.single or not len(values):
+            return bitmaps.of_rows(self._int_rows, self.n) & ~self.listed_int_bits(values)
         every = np.bincount(self._int_rows, minlength=self.n)
         listed = np.bincount(self._listed_int_rows(values), minlength=self.n)
         return np.packbits(every > listed, bitorder="little")

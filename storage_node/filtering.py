@@ -32,6 +32,7 @@ from storage_node import bits as bitmaps
 from storage_node.bits import Bits
 from storage_node.columns import Columns
 from storage_node.path_column import PathColumn, Verdict
+from storage_node.raw_hint import hint_of
 from storage_node.row_filter import Point, compile_condition, compile_filter
 from storage_node.siphash import hash_keys
 
@@ -239,12 +240,13 @@ class _Evaluation:
 
     def _read(self, condition: PayloadCondition, candidates: Bits) -> Bits:
         """Decide the candidates by their payloads."""
-        test, payload_bytes = compile_condition(condition), self._rows.payload_bytes
-        found = [
-            row
-            for row in bitmaps.to_rows(candidates, self._n).tolist()
-            if test(decode(payload_bytes(row)), None)
-        ]
+        test, hint = compile_condition(condition), hint_of(condition)
+        payload_bytes = self._rows.payload_bytes
+        found = []
+        for row in bitmaps.to_rows(candidates, self._n).tolist():
+            raw = payload_bytes(row)
+            if (hint is None or hint(raw)) and test(decode(raw), None):
+                found.append(row)
         return bitmaps.of_rows(np.array(found, np.uint32), self._n)
 
 

@@ -75,9 +75,14 @@ class Log:
             data = path.read_bytes()
             header = self._read_file_header(path, data)
             if header is None:
-                if not last_file:
-                    raise ShardStopped(f"{path}: the header of this log file is damaged (offset 0)")
-                path.unlink()  # the crash came while it was being made: nothing was written to it
+                # A group is written only after the header was synced: a file that is longer had a
+                # good header once. A shorter one was being made when the crash came.
+                if not last_file or len(data) > _FILE_HEADER.size:
+                    raise ShardStopped(
+                        f"{path}: the log is damaged at offset 0, in the header of the file. Nothing "
+                        "was changed. Restore this file or the shard from a copy."
+                    )
+                path.unlink()
                 sync_folder(self.folder)
                 continue
             salt, first = header
@@ -109,7 +114,7 @@ class Log:
         if len(data) < _FILE_HEADER.size:
             return None
         magic, version, crc, salt, first = _FILE_HEADER.unpack_from(data)
-        if magic != _MAGIC or crc != google_crc32c.value(data[16 : _FILE_HEADER.size]):
+        if magic != _MAGIC or crc != _header_crc(version, data[16 : _FILE_HEADER.size]):
             return None
         if version > _VERSION:
             raise FormatTooNew(f"{path} has format {version}; this Shoal reads up to {_VERSION}")
@@ -193,7 +198,7 @@ class Log:
         path = self.folder / f"{self.next_sequence:020d}.log"
         salt = os.urandom(8)
         tail = salt + struct.pack("<Q", self.next_sequence)
-        header = _MAGIC + struct.pack("<II", _VERSION, google_crc32c.value(tail)) + tail
+        header = _MAGIC + struct.pack("<II", _VERSION, _header_crc(_VERSION, tail)) + tail
         with storage_errors(path):
             descriptor = os.open(
                 path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644
@@ -226,6 +231,10 @@ class Log:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _header_crc(version: int, tail: bytes) -> int:
+    return int(google_crc32c.value(_MAGIC + struct.pack("<I", version) + tail))
 
 
 def _read_group(data: bytes, offset: int, salt: bytes) -> tuple[Group | None, int]:

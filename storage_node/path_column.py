@@ -85,6 +85,7 @@ class PathColumn(ABC):
     """What one path holds in rows 0..n-1."""
 
     n: int
+    single: bool  # no row has more than one value: known when there are no arrays of two or more
 
     # -- primitives -------------------------------------------------------------------------------
     @abstractmethod

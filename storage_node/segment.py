@@ -192,8 +192,9 @@ def _bisect(
 ) -> None:
     if len(ordered) == 0 or len(wanted) == 0:
         return
-    if wanted.max() < ordered[0] or wanted.min() > ordered[-1]:  # ids often come in order
-        return
+    numbers = ordered.dtype.kind == "u"
+    if numbers and (wanted.max() < ordered[0] or wanted.min() > ordered[-1]):
+        return  # numbers often come in order: the usual case of an insert
     at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
     rows[where] = np.where(ordered[at] == wanted, at + base, -1)
 

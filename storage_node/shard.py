@@ -242,7 +242,13 @@ class Shard:
                 if len(self.state.frozen) >= limits.FROZEN_SEGMENTS_MAX:
                     self._room.clear()
                     await self._room.wait()
-                await self._commit(self._next_group())
+                group = self._next_group()
+                try:
+                    await self._commit(group)
+                except BaseException as error:
+                    for pending in group:  # those answered already stay answered
+                        _fail(pending, ShardStopped(f"the shard stopped: {error}"))
+                    raise
                 await self._seal_if_full()
             if self._closing:
                 return
@@ -285,10 +291,6 @@ class Shard:
             for pending, _ in accepted:
                 _fail(pending, error)
             return
-        except BaseException as error:
-            for pending, _ in accepted:
-                _fail(pending, ShardStopped(f"the log could not be written: {error}"))
-            raise
         for position, (pending, entry) in enumerate(accepted):
             missing = self.state.apply(entry, first + position)
             _answer(pending, WriteResult(first + position, missing))
@@ -314,7 +316,7 @@ class Shard:
         if not full and growing.row_count < limits.SEAL_ROWS_MAX:
             return
         with contextlib.suppress(StorageFull):  # stays growing; the next write finds it full again
-            seal = Seal(self.state.next_segment_id)
+            seal = Seal(self.state.new_segment_id())
             sequence = await self._lanes.log(self._append, [seal])
             self.state.apply(seal, sequence)
             self._seal_due.set()
@@ -436,8 +438,7 @@ class Shard:
             rows = sum(self.state.segment(i).row_count for i in inputs)
             size = sum(n for i in inputs for n, _ in self.state.segment(i).record.files.values())
             await self._lanes.files(self._check_space, size)
-            merge = Merge(inputs, self.state.next_segment_id)
-            self.state.next_segment_id += 1  # a seal in the meantime must not take this number
+            merge = Merge(inputs, self.state.new_segment_id())
             _log.info("merge", extra={"fields": {"inputs": inputs, "rows": rows}})
             await self._enqueue(merge, 0)
             return True

@@ -312,6 +312,11 @@ class ShardState:
             left -= len(rows)
 
     # -- segments ---------------------------------------------------------------------------------
+    def new_segment_id(self) -> int:
+        """Taken at once: a seal and a merge may both be on their way to the log."""
+        self.next_segment_id += 1
+        return self.next_segment_id - 1
+
     def _freeze(self, segment: int, sequence: int) -> None:
         self.next_segment_id = max(self.next_segment_id, segment + 1)
         frozen = self.growing
