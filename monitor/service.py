@@ -51,6 +51,7 @@ class Monitor:
             [], None, disk_free_bytes_min=settings.disk_free_bytes_min, ready=False
         )
         self._looked_at = clock()
+        self._told: Health | None = None  # the state that the log had last
 
     def report(self) -> HealthReport:
         """The latest look, with its age and whether the server is ready this instant."""
@@ -77,18 +78,22 @@ class Monitor:
         """Look at everything now. A shard that fails to answer is a finding, not an error."""
         seen = await asyncio.gather(*(self._look_at(spec) for spec in self._specs()))
         self._looked_at = self._clock()
-        before = self._report.state
         self._report = assess(
             seen,
             self._disk(),
             disk_free_bytes_min=self._settings.disk_free_bytes_min,
             ready=self._ready,
         )
-        if self._report.state is not before:
-            tell = _log.warning if self._report.state is Health.RED else _log.info
-            first = self._report.reasons[0] if self._report.reasons else None
-            tell("health_changed", was=before, now=self._report.state, why=first)
+        self._tell()
         return self.report()
+
+    def _tell(self) -> None:
+        state, before = self._report.state, self._told or Health.GREEN
+        self._told = state
+        if state is not before:
+            tell = _log.warning if state is Health.RED else _log.info
+            first = self._report.reasons[0] if self._report.reasons else None
+            tell("health_changed", was=before, now=state, why=first)
 
     async def _run(self) -> None:
         while True:

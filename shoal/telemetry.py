@@ -20,7 +20,8 @@ from typing import TextIO
 __all__ = ["Logger", "logger", "setup", "watch_loop"]
 
 _ROOT = "shoal"
-_VALUE_LENGTH_MAX = 4_000  # of one value; a traceback fits, a payload by mistake does not flood
+_VALUE_LENGTH_MAX = 4_000  # of one value: a payload by mistake does not flood the log
+_VALUE_HEAD_LENGTH = 1_000  # of a longer one; the end is kept, where a traceback says what it was
 
 
 class Logger:
@@ -65,7 +66,7 @@ class _Formatter(logging.Formatter):
         head = f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z {record.levelname.lower()}"
         fields: dict[str, object] | None = getattr(record, "fields", None)
         if fields is None:
-            fields, event = {"message": record.getMessage()}, "log"
+            fields, event = {"message": record.getMessage().strip()}, "log"
         else:
             event = record.getMessage()
         if record.exc_info:
@@ -77,7 +78,8 @@ class _Formatter(logging.Formatter):
 def _value(value: object) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     if len(text) > _VALUE_LENGTH_MAX:
-        text = text[:_VALUE_LENGTH_MAX] + "…"
+        tail = _VALUE_LENGTH_MAX - _VALUE_HEAD_LENGTH
+        text = text[:_VALUE_HEAD_LENGTH] + " … " + text[-tail:]
     if text.isprintable() and text and not any(c in ' "=' for c in text):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
