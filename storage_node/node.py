@@ -9,11 +9,11 @@ called, on the event loop: a hop to another thread costs more than they do.
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from shoal import telemetry
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
 from shoal.errors import AlreadyExists, NotFound
@@ -31,6 +31,7 @@ from shoal.storage_api import (
     Write,
     WriteResult,
 )
+from storage_node.bitmap_cache import SHARED
 from storage_node.files import sync_folder
 from storage_node.lanes import Lanes
 from storage_node.searching import count_points, expected_floats, scroll, search
@@ -38,7 +39,7 @@ from storage_node.shard import Shard
 
 __all__ = ["StorageNode"]
 
-_log = logging.getLogger("shoal.storage")
+_log = telemetry.logger("storage")
 _INLINE_FLOATS_MAX = 1_500_000  # about 0.3 ms of scanning: below, a thread costs more than it gives
 _INLINE_ROWS_MAX = 20_000  # under a filter that may be evaluated row by row
 
@@ -49,6 +50,7 @@ class StorageNode:
     ) -> None:
         self._directory, self._builder, self._settings = directory, builder, settings
         self._lanes = Lanes()
+        SHARED.bytes_max = settings.filter_cache_bytes_max
         self._shards: dict[ShardKey, Shard] = {}
 
     async def start(self, specs: Sequence[ShardSpec]) -> None:
@@ -60,7 +62,7 @@ class StorageNode:
         for collection in self._directory.iterdir():
             for folder in collection.iterdir():
                 if str(folder.relative_to(self._directory)) not in wanted:
-                    _log.warning("orphan_deleted", extra={"fields": {"folder": str(folder)}})
+                    _log.warning("orphan_deleted", folder=folder)
                     shutil.rmtree(folder)
             if not any(collection.iterdir()):
                 collection.rmdir()

@@ -279,7 +279,8 @@ def take_rows(
         return PointBatch.empty(payload)
     source = np.array([n for n, _ in places], np.int64)
     rows = np.array([row for _, row in places], np.int64)
-    parts, order = [], []
+    parts: list[PointBatch] = []
+    order = []
     for number in np.unique(source).tolist():
         here = np.flatnonzero(source == number)
         parts.append(snapshot.units[number].rows.take(rows[here], payload, vectors))

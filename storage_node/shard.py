@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import time
@@ -28,7 +27,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal import limits
+from shoal import limits, telemetry
 from shoal.batch import PointBatch, unpack_bits
 from shoal.errors import Busy, InvariantError, ShardStopped, ShoalError, StorageFull, Unavailable
 from shoal.ids import PointIds
@@ -53,7 +52,7 @@ from storage_node.state import Checkpoint, ShardState, pick_merged
 
 __all__ = ["Shard"]
 
-_log = logging.getLogger("shoal.storage")
+_log = telemetry.logger("storage")
 _T = TypeVar("_T")
 _IDLE_S = 1.0  # writes are over for now: merge what is left
 _POLL_S = 0.5  # how often idleness is looked at, only while something may be left to do
@@ -161,7 +160,7 @@ class Shard:
             except ShardStopped as error:
                 if not name.startswith("index."):
                     raise
-                _log.error("index_damaged", extra={"fields": {"why": error.message}})
+                _log.error("index_damaged", why=error.message)
                 number = int(name.removeprefix("index."))
                 vector = [*self.spec.dense, *self.spec.sparse][number]
                 record = record.model_copy(
@@ -202,7 +201,7 @@ class Shard:
     def _stop(self, why: str, error: BaseException | None = None) -> None:
         name = f"collection {self.spec.collection!r}, shard {self.spec.key.shard}"
         self.stopped = f"{name} stopped: {why}"
-        _log.error("shard_stopped", extra={"fields": {"why": self.stopped}}, exc_info=error)
+        _log.error("shard_stopped", error=error, why=self.stopped)
         while self._queue:
             pending = self._queue.popleft()
             if not pending.done.done():
@@ -331,7 +330,7 @@ class Shard:
                 try:
                     await self._seal(self.state.checkpoints[0])
                 except StorageFull as error:
-                    _log.warning("seal_waits", extra={"fields": {"why": error.message}})
+                    _log.warning("seal_waits", why=error.message)
                     await asyncio.sleep(_RETRY_S)
 
     async def _seal(self, checkpoint: Checkpoint) -> None:
@@ -353,8 +352,7 @@ class Shard:
         self._room.set()
         self._changed.set()
         await self._lanes.files(self._log.trim, checkpoint.sequence)
-        fields = {"shard": str(self.folder), "segment": frozen.segment_id, "rows": len(rows)}
-        _log.info("sealed", extra={"fields": fields})
+        _log.info("sealed", shard=self.folder, segment=frozen.segment_id, rows=len(rows))
 
     def _write_frozen(
         self, checkpoint: Checkpoint
@@ -424,7 +422,7 @@ class Shard:
                 while await self._optimise_once():
                     pass
             except (StorageFull, Unavailable) as error:
-                _log.warning("optimise_waits", extra={"fields": {"why": error.message}})
+                _log.warning("optimise_waits", why=error.message)
                 await asyncio.sleep(_RETRY_S)
 
     async def _optimise_once(self) -> bool:
@@ -439,7 +437,7 @@ class Shard:
             size = sum(n for i in inputs for n, _ in self.state.segment(i).record.files.values())
             await self._lanes.files(self._check_space, size)
             merge = Merge(inputs, self.state.new_segment_id())
-            _log.info("merge", extra={"fields": {"inputs": inputs, "rows": rows}})
+            _log.info("merging", shard=self.folder, segments=len(inputs), rows=rows)
             await self._enqueue(merge, 0)
             return True
         for segment in self.state.sealed:

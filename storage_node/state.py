@@ -171,9 +171,7 @@ class ShardState:
                     assert place is not None
                     point, at = take_rows(snapshot, [place], True, True), 0
                 names = self._vectors_of(point, at)
-                if not matches(
-                    op.update_filter, point.payload_of(at), key, lambda n, has=names: n in has
-                ):
+                if not matches(op.update_filter, point.payload_of(at), key, names.__contains__):
                     continue
             chosen[key] = row
         rows = np.array(sorted(chosen.values()), np.int64)
@@ -193,7 +191,7 @@ class ShardState:
             point = take_rows(snapshot, [place], True, True)
             has = names.setdefault(key, self._vectors_of(point, 0))
             payload = point.payload_of(0)
-            if matches(op.update_filter, payload, key, lambda n, has=has: n in has):
+            if matches(op.update_filter, payload, key, has.__contains__):
                 keep.append(row)
                 has |= self._vectors_of(op.points, row)
         return UpdateVectors(op.points.take(np.array(keep, np.int64)))
