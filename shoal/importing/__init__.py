@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,8 +120,6 @@ def import_file(
     options  part of the fingerprint: how the file is read.
     Raises   ImportFailed. What the server acknowledged stays, and is noted for the next time.
     """
-    import time
-
     server = Server(url, api_key)
     note = Progress(source.path, server.url, collection, fingerprint(source.path, options))
     started = time.monotonic()
@@ -146,20 +145,14 @@ def _send(
 ) -> int:
     """Send every chunk from `first_row` on; the number of rows that were sent."""
     done = first_row
-    waiting: deque[tuple[Chunk, Future[None]]] = deque()
     acknowledged = 0
+    waiting: deque[tuple[Chunk, Future[None]]] = deque()  # oldest first
+    pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="shoal-import")
 
     def settle_oldest() -> None:
         nonlocal done, acknowledged
-        chunk, future = waiting[0]
-        try:
-            future.result()
-        except Refused as refused:
-            last = chunk.first_row + chunk.row_count - 1
-            raise ImportFailed(
-                f"{source.path}, rows {chunk.first_row} to {last}: the server refused them: "
-                f"{refused.message}"
-            ) from None
+        chunk = waiting[0][0]
+        _await(waiting[0][1], chunk, source.path)
         waiting.popleft()
         done = chunk.first_row + chunk.row_count
         acknowledged += 1
@@ -168,7 +161,6 @@ def _send(
         if watcher is not None:
             watcher(done - first_row, chunk.position, source.total)
 
-    pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="shoal-import")
     try:
         for chunk in source.chunks(first_row):
             if len(waiting) >= WINDOW:
@@ -178,15 +170,25 @@ def _send(
             settle_oldest()
     except BaseException:
         server.stop()
-        pool.shutdown(cancel_futures=True)
-        while waiting and waiting[0][1].done() and not waiting[0][1].cancelled():
-            if waiting[0][1].exception() is not None:
+        pool.shutdown(cancel_futures=True)  # what travels already may still arrive, and then counts
+        for chunk, future in waiting:
+            if future.cancelled() or future.exception() is not None:
                 break
-            settle_oldest()
+            done = chunk.first_row + chunk.row_count
         note.save(done)
         raise
     pool.shutdown()
     return done - first_row
+
+
+def _await(future: Future[None], chunk: Chunk, path: Path) -> None:
+    try:
+        future.result()
+    except Refused as refused:
+        last = chunk.first_row + chunk.row_count - 1
+        raise ImportFailed(
+            f"{path}, rows {chunk.first_row} to {last}: the server refused them: {refused.message}"
+        ) from None
 
 
 def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> bool:
