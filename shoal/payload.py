@@ -1,8 +1,8 @@
 """Payloads as JSON bytes: checking, merging, deleting and selecting parts.
 
-A payload is the UTF-8 text of one JSON object; b"" is a point without payload and means {}. Bytes go
-in and come out, so that a payload which nobody changes is never parsed at all. What is changed keeps
-the rest exactly: integers of any size, the difference between 1 and 1.0, -0.0, nulls, key order.
+A payload is the UTF-8 text of one JSON object; b"" is a point without payload and means {}. Bytes
+go in and come out, so that a payload which nobody changes is never parsed at all. What is changed
+keeps the rest exactly: integers of any size, 1 apart from 1.0, -0.0, nulls, the order of keys.
 msgspec does this (Python's json writes 1e22 as 1e+22 and lets NaN, infinity and lone surrogates
 through; orjson loses integers above 64 bits). Of a repeated key the last one counts, as everywhere.
 
@@ -90,7 +90,8 @@ def _containers(node: Any) -> list[Any]:
 
 def _too_deep() -> BadRequest:
     return BadRequest(
-        f"Wrong input: a payload is nested deeper than {limits.PAYLOAD_DEPTH_MAX} levels; flatten it"
+        f"Wrong input: a payload is nested deeper than {limits.PAYLOAD_DEPTH_MAX} levels; "
+        "flatten it"
     )
 
 

@@ -1,4 +1,4 @@
-"""Payload bytes: exact round trips, and the same changes as the client library's in-process mode."""
+"""Payload bytes: exact round trips, and changes as in the client library's in-process mode."""
 
 from __future__ import annotations
 
@@ -58,8 +58,11 @@ def same(ours: bytes, theirs: Any) -> bool:
 
 @pytest.mark.parametrize(
     "number",
-    ["1", "1.0", "1e22", "-0.0", "0.1", "5e-324", "1.7976931348623157e308", "9007199254740993"]
-    + [str(2**64 - 1), str(-(2**63)), str(2**70), "123456789012345678901234567890"],
+    [
+        *("1", "1.0", "1e22", "-0.0", "0.1", "5e-324", "1.7976931348623157e308"),
+        *("9007199254740993", "18446744073709551615", "-9223372036854775808"),
+        *("1180591620717411303424", "123456789012345678901234567890"),
+    ],
 )
 def test_numbers_survive_a_change_next_to_them(number: str) -> None:
     changed = payload.merge_payload(b'{"n":%s,"x":1}' % number.encode(), b'{"x":2}')
