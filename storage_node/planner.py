@@ -19,6 +19,7 @@ __all__ = [
     "choose_merge",
     "needs_index",
     "plan_search",
+    "seals_when_idle",
     "widen",
 ]
 
@@ -68,6 +69,11 @@ def widen(ef: int) -> int | None:
     return ef * 4 if ef * 4 <= limits.BEAM_WIDTH_MAX else None
 
 
+def seals_when_idle(rows: int, dims: Sequence[int]) -> bool:
+    """Whether a growing segment that nobody adds to is worth an index of its own by now."""
+    return any(rows * dim >= limits.INDEX_FLOATS_MIN for dim in dims)
+
+
 def needs_index(rows: int, vector: VectorSpec) -> bool:
     """Whether a sealed segment of so many rows is worth a graph for this vector."""
     if vector.multi or vector.hnsw_m == 0:
@@ -89,11 +95,11 @@ def choose_merge(segments: Sequence[SegmentStats], *, idle: bool) -> tuple[int, 
 
     Tiered: the smaller segments join the next larger one once together they are no longer small
     beside it, so that a row is rewritten O(log n) times. While writes come in, at least four go
-    together (an index is built for each result). When they stop, two will do, down to a tenth: a
-    search costs once per segment. A segment of which a third is dead is rewritten by itself.
+    together (an index is built for each result). When they stop, two will do, down to a twentieth:
+    a search costs once per segment. A segment of which a third is dead is rewritten by itself.
     """
     ordered = sorted(segments, key=lambda s: (s.live, s.segment_id))
-    count_min, share = (2, 0.1) if idle else (4, 0.5)
+    count_min, share = (2, 0.05) if idle else (4, 0.5)
     best: tuple[int, ...] = ()
     smaller = 0
     for position, segment in enumerate(ordered):

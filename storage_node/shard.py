@@ -46,7 +46,7 @@ from storage_node.files import (
 from storage_node.lanes import Lanes
 from storage_node.log import Log
 from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_manifest
-from storage_node.planner import SegmentStats, choose_merge, needs_index
+from storage_node.planner import SegmentStats, choose_merge, needs_index, seals_when_idle
 from storage_node.segment import SealedSegment, write_segment
 from storage_node.state import Checkpoint, ShardState, pick_merged
 
@@ -90,6 +90,7 @@ class Shard:
         self._changed = asyncio.Event()  # segments or indexes may want work
         self._last_write = 0.0
         self._merging = False
+        self._settled = False  # nothing to do until something changes: no polling
         self._unverified: list[SegmentRecord] = []
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -263,6 +264,8 @@ class Shard:
             op = self._queue[0].op
             if group and not isinstance(op, Seal | Merge) and ShardState.asks(op):
                 break
+            if group and isinstance(group[-1].op, Seal):
+                break  # it ends its log file
             pending = self._queue.popleft()
             self._queued_bytes -= pending.size
             size += pending.size
@@ -293,7 +296,12 @@ class Shard:
         for position, (pending, entry) in enumerate(accepted):
             missing = self.state.apply(entry, first + position)
             _answer(pending, WriteResult(first + position, missing))
-        self._last_write = time.monotonic()
+        if isinstance(accepted[-1][1], Seal):
+            await self._sealed_in_log()
+        else:
+            self._last_write = time.monotonic()
+            if self._settled and self._seals_when_idle():
+                self._changed.set()
 
     def _append(self, entries: list[LogEntry]) -> int:
         self._check_space(0)
@@ -318,7 +326,12 @@ class Shard:
             seal = Seal(self.state.new_segment_id())
             sequence = await self._lanes.log(self._append, [seal])
             self.state.apply(seal, sequence)
-            self._seal_due.set()
+            await self._sealed_in_log()
+
+    async def _sealed_in_log(self) -> None:
+        """A segment was frozen: write it, and begin a log file that will outlive it."""
+        self._seal_due.set()
+        with contextlib.suppress(StorageFull):  # the old file goes on; it is trimmed a seal later
             await self._lanes.log(self._log.rotate)
 
     # -- sealing ----------------------------------------------------------------------------------
@@ -414,9 +427,9 @@ class Shard:
     # -- merging and indexing ---------------------------------------------------------------------
     async def _optimise_loop(self) -> None:
         while True:
-            timeout = _POLL_S if self.pending_work() else None
+            self._settled = self.pending_work() == 0
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout)
+                await asyncio.wait_for(self._changed.wait(), None if self._settled else _POLL_S)
             self._changed.clear()
             try:
                 while await self._optimise_once():
@@ -440,11 +453,20 @@ class Shard:
             _log.info("merging", shard=self.folder, segments=len(inputs), rows=rows)
             await self._enqueue(merge, 0)
             return True
-        for segment in self.state.sealed:
+        if idle and self._seals_when_idle():
+            await self._enqueue(Seal(self.state.new_segment_id()), 0)
+            return False  # the seal loop goes on from here
+        for segment in self.state.sealed if idle else ():
             for name in self._index_wanted(segment):
                 await self._index(segment, name)
                 return True
         return False
+
+    def _seals_when_idle(self) -> bool:
+        if self._builder is None or self.state.frozen:
+            return False
+        dims = [v.dim for v in self.spec.dense.values() if not v.multi]
+        return seals_when_idle(self.state.growing.row_count, dims)
 
     def _stats(self) -> list[SegmentStats]:
         return [
@@ -589,6 +611,7 @@ class Shard:
             return 0
         waiting = len(self.state.frozen) + len(self.state.merges) + int(self._merging)
         waiting += sum(len(self._index_wanted(s)) for s in self.state.sealed)
+        waiting += int(self._seals_when_idle())
         return waiting + len(choose_merge(self._stats(), idle=True))
 
     def info(self) -> ShardInfo:
