@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -320,8 +320,7 @@ class _Connection(asyncio.Protocol):
         self._sent_ns = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._send_next()
 
     def _send_next(self) -> None:

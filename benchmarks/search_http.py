@@ -98,7 +98,7 @@ def main() -> None:
         f"Search over HTTP: {count:,} x {data.DIM}, k = {K}, with payload",
         method(
             __doc__,
-            f"{rounds} interleaved rounds of {searches:,} searches; medians, (smallest to largest).",
+            f"{rounds} rounds of {searches:,} searches; medians, (smallest to largest).",
         ),
         quick=quick,
         raw={"cpu_us": figures, "segments": shards, "recall": [faiss_recall, server_recall]},
