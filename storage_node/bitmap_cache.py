@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable
 
 from shoal import limits
@@ -27,6 +27,7 @@ class BitmapCache:
         self._bits: OrderedDict[Hashable, Bits] = OrderedDict()
         self._lock = threading.Lock()
         self._owners = itertools.count()
+        self._forgotten: deque[int] = deque()
 
     def new_owner(self) -> int:
         """A number that no other segment has: the first part of its keys."""
@@ -45,20 +46,27 @@ class BitmapCache:
             return
         bits.setflags(write=False)
         with self._lock:
-            old = self._bits.pop(key, None)
-            if old is not None:
-                self.byte_count -= old.nbytes + _ENTRY_BYTES
+            while self._forgotten:
+                self._drop_all_of(self._forgotten.popleft())
+            self._drop(key)
             self._bits[key] = bits
             self.byte_count += size
             while self.byte_count > self.bytes_max:
-                _, dropped = self._bits.popitem(last=False)
-                self.byte_count -= dropped.nbytes + _ENTRY_BYTES
+                self._drop(next(iter(self._bits)))
 
     def forget(self, owner: int) -> None:
-        """Drop everything of one segment."""
-        with self._lock:
-            for key in [k for k in self._bits if isinstance(k, tuple) and k[0] == owner]:
-                self.byte_count -= self._bits.pop(key).nbytes + _ENTRY_BYTES
+        """Drop everything of one segment, at the next `put`. Takes no lock: the garbage collector may
+        call this in the middle of any other method."""
+        self._forgotten.append(owner)
+
+    def _drop(self, key: Hashable) -> None:
+        bits = self._bits.pop(key, None)
+        if bits is not None:
+            self.byte_count -= bits.nbytes + _ENTRY_BYTES
+
+    def _drop_all_of(self, owner: int) -> None:
+        for key in [k for k in self._bits if isinstance(k, tuple) and k[0] == owner]:
+            self._drop(key)
 
 
 SHARED = BitmapCache(limits.FILTER_CACHE_BYTES_MAX)

@@ -8,7 +8,7 @@ long text thirty; for a rare word most rows end here. A hint may say yes wrongly
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from shoal.api.filter import (
     FieldCondition,
@@ -62,17 +62,12 @@ def _match_hint(match: Match) -> Hint | None:
             return _exact([match.substring])
         case MatchText() | MatchPhrase():
             words = tokens(match.text if isinstance(match, MatchText) else match.phrase)
-            # One word is enough to refuse; the longest is likely the rarest.
-            return _word(sorted(filter_ascii(words), key=len)[-1:])
+            return _words([word for word in words if word.isascii()], all)
         case MatchTextAny():
             words = tokens(match.text_any)
-            return _word(words) if words == filter_ascii(words) else None
+            return _words(words, any) if all(map(str.isascii, words)) else None
         case _:
             return None
-
-
-def filter_ascii(words: list[str]) -> list[str]:
-    return [word for word in words if word.isascii()]
 
 
 def _exact(texts: list[str]) -> Hint | None:
@@ -85,16 +80,17 @@ def _exact(texts: list[str]) -> Hint | None:
     return lambda raw: b"\\u" in raw or zero or any(needle in raw for needle in needles)
 
 
-def _word(words: list[str]) -> Hint | None:
-    """One of the lower-case ASCII words stands in the payload, in any case."""
+def _words(words: list[str], combine: Callable[[Iterable[bool]], bool]) -> Hint | None:
+    """All or some of the lower-case ASCII words stand in the payload, in any case."""
     if not 0 < len(words) <= _ANY_VALUES_MAX:
         return None
-    needles = [word.encode() for word in words]
+    patterns = [_whole(word) for word in words]
 
     def hint(raw: bytes) -> bool:
         lower = raw.lower()
+        found = (pattern.search(lower) is not None for pattern in patterns)
         return (
-            any(needle in lower for needle in needles)
+            combine(found)
             or b"\\u" in raw
             # The two letters beyond ASCII whose lower case is, or begins with, an ASCII letter.
             or b"\xe2\x84\xaa" in raw  # KELVIN SIGN
@@ -102,3 +98,12 @@ def _word(words: list[str]) -> Hint | None:
         )
 
     return hint
+
+
+def _whole(word: str) -> re.Pattern[bytes]:
+    r"""The word with no ASCII letter or digit beside it, but for the letter of an escape (\n)."""
+    raw = re.escape(word.encode())
+    # The word comes first and is looked back over: then `re` searches for it as plain bytes.
+    return re.compile(
+        raw + rb"(?:(?<![0-9a-z]" + raw + rb")|(?<=\\[bfnrt]" + raw + rb"))(?![0-9a-z])"
+    )
