@@ -32,7 +32,21 @@ from shoal.version import VERSION
 
 __all__ = ["create_app"]
 
-_DASHBOARD = Path(__file__).parent / "static" / "dashboard.html"
+_STATIC = Path(__file__).parent / "static"
+_STATIC_TYPES = {  # also the list of what there is: no path of a request is ever opened
+    "dashboard.html": "text/html; charset=utf-8",
+    "dashboard.css": "text/css; charset=utf-8",
+    "dashboard.js": "text/javascript; charset=utf-8",
+}
+_STATIC_HEADERS = {
+    # The page takes everything from this server and runs no script that stands in a collection.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 _DESCRIPTION = (
     "A durable vector database with its own text encoder. The API works with Qdrant clients (a subset "
@@ -77,7 +91,8 @@ def create_app(
         app.add_api_route(
             route.path, _endpoint(api, route), methods=[route.method], include_in_schema=False
         )
-    app.add_api_route("/dashboard", _dashboard, methods=["GET"], include_in_schema=False)
+    for path in ("/dashboard", "/dashboard/{file}"):
+        app.add_api_route(path, _dashboard, methods=["GET"], include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return HotPath(app, api, ROUTES)  # type: ignore[arg-type]
 
@@ -97,8 +112,10 @@ def _response(answer: Answer) -> Response:
     return response
 
 
-async def _dashboard() -> FileResponse:
-    return FileResponse(_DASHBOARD, media_type="text/html; charset=utf-8")
+async def _dashboard(file: str = "dashboard.html") -> FileResponse:
+    if file not in _STATIC_TYPES:
+        raise HTTPException(404)
+    return FileResponse(_STATIC / file, headers=_STATIC_HEADERS, media_type=_STATIC_TYPES[file])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -121,6 +121,8 @@ def describe_status(
                 "loaded": model.loaded,
                 "precision": model.precision,
                 "texts_total": model.texts_total,
+                "truncated_total": model.truncated_total,
+                "busy_s_total": model.busy_s_total,
                 "fingerprint": model.fingerprint,
             }
             for model in models_known

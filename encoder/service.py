@@ -63,6 +63,7 @@ class _Entry:
     fingerprint: str | None = None
     texts_total: int = 0
     truncated_total: int = 0
+    busy_s_total: float = 0.0
 
 
 @dataclass(slots=True)
@@ -220,6 +221,7 @@ class LocalEncoder:
             precision=entry.loaded.precision if entry.loaded else None,
             texts_total=entry.texts_total,
             truncated_total=entry.truncated_total,
+            busy_s_total=entry.busy_s_total,
         )
 
     # -- the thread -------------------------------------------------------------------------------
@@ -265,9 +267,12 @@ class LocalEncoder:
     def _plan(self, model: str, parts: list[tuple[Slice, _Request]]) -> list[_Batch]:
         """Tokenize a window and cut it into forward passes. A failure fails its requests."""
         try:
-            tokenized = self._loaded(model).tokenize(
+            loaded = self._loaded(model)
+            started = time.perf_counter()
+            tokenized = loaded.tokenize(
                 [text for part, request in parts for text in request.texts[part.start : part.stop]]
             )
+            self._entries[model].busy_s_total += time.perf_counter() - started
         except Exception as error:
             self._fail_requests({part.request_id for part, _ in parts}, error)
             return []
@@ -293,9 +298,10 @@ class LocalEncoder:
         except Exception as error:
             self._fail_requests({row.request_id for row in rows}, error)
             return
-        took = (time.perf_counter() - started) / len(rows)
-        self._seconds_per_text += 0.1 * (took - self._seconds_per_text)
+        took = time.perf_counter() - started
+        self._seconds_per_text += 0.1 * (took / len(rows) - self._seconds_per_text)
         entry = self._entries[batch.model]
+        entry.busy_s_total += took
         entry.texts_total += len(rows)
         entry.truncated_total += sum(row.text.truncated for row in rows)
         for row, vector in zip(rows, vectors, strict=True):

@@ -81,11 +81,13 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """texts_total: in the corpus; texts_sent: of these, sent and embedded in this run."""
+    """texts_total: in the corpus; texts_sent: of these, sent and embedded in this run.
+    embed_s: of `took_s`, what the encoder computed."""
 
     texts_total: int
     texts_sent: int
     took_s: float
+    embed_s: float
 
 
 def run(arguments: list[str]) -> int:
@@ -158,11 +160,14 @@ async def run_demo(base_url: str, *, check: bool, console: Console | None = None
             return 0
         vector_s = await _seconds_per_query(http)
     console.print(
-        f"\n[bold]Timings[/]  corpus {read_s:.1f} s · "
-        f"{indexed.texts_sent} texts in {indexed.took_s:.1f} s "
-        f"({indexed.texts_sent / max(indexed.took_s, 1e-9):.0f} texts/s, embedding included) · "
-        f"question p50 {statistics.median(took_ms):.1f} ms, "
-        f"search by vector p50 {vector_s * 1e3:.2f} ms"
+        f"\n[bold]Timings[/]  reading the library {read_s:.1f} s · "
+        f"{indexed.texts_sent} texts in {indexed.took_s:.1f} s, "
+        f"of which embedding {indexed.embed_s:.1f} s, "
+        f"storing and the rest {indexed.took_s - indexed.embed_s:.1f} s "
+        f"({indexed.texts_sent / max(indexed.took_s, 1e-9):.0f} texts/s) · "
+        f"question p50 {statistics.median(took_ms):.1f} ms · "
+        f"search by vector p50 {vector_s * 1e3:.2f} ms",
+        soft_wrap=True,
     )
     for question in failed:
         console.print(f"[red]missing[/] {question.expected} for “{question.text}”")
@@ -179,6 +184,7 @@ async def index_corpus(
     it is there. So a second run sends nothing, and one after an upgrade of Python what changed.
     """
     points = [_point(entry) for entry in corpus]
+    embed_s_before = await _embed_s_total(http)
     began = time.perf_counter()
     missing = await _missing(http, points)
     batches = [missing[at : at + BATCH_POINTS] for at in range(0, len(missing), BATCH_POINTS)]
@@ -195,7 +201,9 @@ async def index_corpus(
         async with _all_or_first_error() as group:
             for batch in batches:
                 group.create_task(send(batch))
-    return Indexed(len(points), len(missing), time.perf_counter() - began)
+    took_s = time.perf_counter() - began
+    embed_s = await _embed_s_total(http) - embed_s_before
+    return Indexed(len(points), len(missing), took_s, embed_s)
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -214,7 +222,8 @@ async def _create_collection(http: httpx.AsyncClient) -> None:
                     "title": f"Python {sys.version_info.major}.{sys.version_info.minor} "
                     "standard library",
                     "text_model": DEFAULT_MODEL,
-                    "filter_key": "package",
+                    "filter_key": "package",  # these two are for the page
+                    "examples": [question.text for question in QUESTIONS],
                 },
             },
         )
@@ -245,6 +254,11 @@ async def _missing(
         ):
             held[record["id"]] = (record["payload"] or {}).get("digest", "")
     return [point for point in points if held.get(point["id"]) != point["payload"]["digest"]]
+
+
+async def _embed_s_total(http: httpx.AsyncClient) -> float:
+    models = (await _call(http, "GET", "/shoal/v1/status"))["models"]
+    return sum(float(model["busy_s_total"]) for model in models)
 
 
 async def _ask(http: httpx.AsyncClient, text: str, *, limit: int) -> list[dict[str, Any]]:

@@ -56,6 +56,8 @@ class ModelInfo:
     """Texts embedded since the process started."""
     truncated_total: int = 0
     """Of these, texts that were longer than `max_tokens` and lost their end."""
+    busy_s_total: float = 0.0
+    """Seconds spent on them, in the tokenizer and in forward passes; loading is not in it."""
 
 
 @dataclass(frozen=True, slots=True)
