@@ -285,6 +285,8 @@ def display(name: str, value: object) -> str:
     of a secret only that it is set."""
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, SecretStr):
         return "(set)"
     if "bytes" in name and isinstance(value, int):
