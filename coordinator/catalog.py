@@ -45,7 +45,7 @@ __all__ = ["Catalog", "Collection"]
 
 _log = logger("catalog")
 
-_FORBIDDEN_IN_NAMES = set('<>:"/\\|?*') | {chr(code) for code in range(32)} | {"\x7f"}
+_FORBIDDEN_IN_NAMES = set("/\\") | {chr(code) for code in range(32)} | {"\x7f"}
 _TXN_ATTEMPTS_MAX = 16  # of other coordinators changing the same record in between
 
 

@@ -185,10 +185,9 @@ class _Reader:
         try:
             self._keys.append(parse_id(node["id"]))
             vector = node["vector"]
-        except KeyError as missing:
-            raise BadRequest(
-                f"Format error in JSON body: missing field `{missing.args[0]}`"
-            ) from None
+        except KeyError:
+            missing = "vector" if "id" in list(node) else "id"
+            raise BadRequest(f"Format error in JSON body: missing field `{missing}`") from None
         fields = len(node)
         if fields != 2:
             if fields != 3 or self._vectors_only or "payload" not in list(node):
