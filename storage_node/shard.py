@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from shoal import limits, telemetry
 from shoal.batch import PointBatch, unpack_bits
 from shoal.errors import Busy, InvariantError, ShardStopped, ShoalError, StorageFull, Unavailable
-from shoal.ids import PointIds
 from shoal.index_api import BuildJob, IndexBuilder
 from shoal.settings import StorageSettings
 from shoal.storage_api import ShardInfo, ShardSpec, Upsert, Write, WriteResult
@@ -46,6 +45,7 @@ from storage_node.files import (
 from storage_node.lanes import Lanes
 from storage_node.log import Log
 from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_manifest
+from storage_node.merging import MergeJob, encode_job, read_answer, write_merged
 from storage_node.planner import SegmentStats, choose_merge, needs_index, seals_when_idle
 from storage_node.segment import SealedSegment, write_segment
 from storage_node.state import Checkpoint, ShardState, pick_merged
@@ -56,6 +56,7 @@ _log = telemetry.logger("storage")
 _T = TypeVar("_T")
 _IDLE_S = 1.0  # writes are over for now: merge what is left
 _POLL_S = 0.5  # how often idleness is looked at, only while something may be left to do
+_MERGE_IN_THREAD_ROWS_MAX = 20_000
 _RETRY_S = 2.0  # after a full disk or a failed build
 
 
@@ -198,6 +199,9 @@ class Shard:
             await loop()  # type: ignore[misc]
         except Exception as error:
             self._stop(f"{type(error).__name__}: {error}", error)
+            for task in self._tasks:  # whatever the others would do next rests on what broke
+                if task is not asyncio.current_task():
+                    task.cancel()
 
     def _stop(self, why: str, error: BaseException | None = None) -> None:
         name = f"collection {self.spec.collection!r}, shard {self.spec.key.shard}"
@@ -469,8 +473,10 @@ class Shard:
         return seals_when_idle(self.state.growing.row_count, dims)
 
     def _stats(self) -> list[SegmentStats]:
+        # As of the checkpoint, because that is what a merge leaves out: a row that died since stays
+        # until the next seal, and counting it here would rewrite the same segment again and again.
         return [
-            SegmentStats(s.segment_id, s.row_count, s.row_count - s.dead_count)
+            SegmentStats(s.segment_id, s.row_count, int(np.bitwise_count(s.checkpoint_live).sum()))
             for s in self.state.sealed
         ]
 
@@ -486,7 +492,7 @@ class Shard:
     async def _merge(self, merge: Merge) -> None:
         self._merging = True
         try:
-            output, source, rows = await self._lanes.files(self._write_merged, merge)
+            output, source, rows = await self._write_merged(merge)
             fault_point("merge.after_segment")
             if output is not None:
                 for name in self._index_wanted(output):
@@ -506,26 +512,23 @@ class Shard:
             self._merging = False
         self._changed.set()
 
-    def _write_merged(
+    async def _write_merged(
         self, merge: Merge
     ) -> tuple[SealedSegment | None, NDArray[np.uint16], NDArray[np.int64]]:
-        inputs = [self.state.segment(i) for i in merge.inputs]
-        picked = [np.flatnonzero(unpack_bits(s.checkpoint_live, s.row_count)) for s in inputs]
-        source = np.repeat(np.arange(len(inputs), dtype=np.uint16), [len(p) for p in picked])
-        rows = np.concatenate(picked).astype(np.int64)
-        order = PointIds.concat(s.ids_of(p) for s, p in zip(inputs, picked, strict=True)).order()
-        source, rows = source[order], rows[order]
-        if len(rows) == 0:
-            return None, source, rows
+        """Small merges run in a thread, large ones in a child process: starting one costs half a
+        second of CPU, and a thread would share this interpreter for seconds."""
+        records = tuple(self.state.segment(i).record for i in merge.inputs)
+        job = MergeJob(self.folder / "segments", self.spec, records, merge.output)
+        if sum(record.rows for record in records) <= _MERGE_IN_THREAD_ROWS_MAX:
+            merged = await self._lanes.files(write_merged, job)
+        else:
+            answer = await self._lanes.children.run("storage_node.merging", encode_job(job))
+            merged = await self._lanes.files(read_answer, job, answer)
+        if merged.record is None:
+            return None, merged.source, merged.rows
         folder = self._segment_folder(merge.output)
-        if folder.exists():
-            shutil.rmtree(folder)  # an earlier try that did not end
-        takes = [lambda r, s=s: s.take(r, True, True) for s in inputs]
-        files = write_segment(folder, self.spec, takes, source, rows)
-        sync_folder(folder)
-        sync_folder(folder.parent)
-        record = SegmentRecord(segment_id=merge.output, rows=len(rows), files=files)
-        return SealedSegment(folder, record, self.spec), source, rows
+        opened = await self._lanes.files(SealedSegment, folder, merged.record, self.spec)
+        return opened, merged.source, merged.rows
 
     def _merged(
         self,
