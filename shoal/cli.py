@@ -167,15 +167,15 @@ def _demo(arguments: list[str]) -> int:
     from shoal.cpu import prepare_environment
 
     prepare_environment()
-    from shoal import demo
+    from shoal.demo import run
 
-    return demo.run(arguments)
+    return run(arguments)
 
 
 def _import(arguments: list[str]) -> int:
-    from shoal import importing
+    from shoal.importing import run
 
-    return importing.run(arguments)
+    return run(arguments)
 
 
 def _version(arguments: list[str]) -> int:
