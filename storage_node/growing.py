@@ -223,6 +223,9 @@ class GrowingSegment:
             return low
         return UUID_BIT | (int(self._hi.view()[row]) << 64) | low
 
+    def version(self, row: int) -> int:
+        return int(self._versions.view()[row])
+
     def vectors(self, name: str, count: int) -> NDArray[np.float32]:
         return self._dense[name].view(count)
 
@@ -277,6 +280,9 @@ class GrowingView:
 
     def payload_bytes(self, row: int) -> bytes:
         return self.segment.payload_bytes(row)
+
+    def version(self, row: int) -> int:
+        return self.segment.version(row)
 
     def rows_with_keys(self, keys: Sequence[int]) -> NDArray[np.uint32]:
         rows = self.segment.find(keys)

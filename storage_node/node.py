@@ -34,13 +34,14 @@ from shoal.storage_api import (
 from storage_node.bitmap_cache import SHARED
 from storage_node.files import sync_folder
 from storage_node.lanes import Lanes
-from storage_node.searching import count_points, expected_floats, scroll, search
+from storage_node.searching import count_points, expected_floats, scroll, search, take_rows
 from storage_node.shard import Shard
 
 __all__ = ["StorageNode"]
 
 _log = telemetry.logger("storage")
 _INLINE_FLOATS_MAX = 1_500_000  # about 0.3 ms of scanning: below, a thread costs more than it gives
+_INLINE_TAKE_MAX = 500
 _INLINE_ROWS_MAX = 20_000  # under a filter that may be evaluated row by row
 
 
@@ -71,7 +72,7 @@ class StorageNode:
     async def close(self) -> None:
         await asyncio.gather(*(shard.close() for shard in self._shards.values()))
         self._shards.clear()
-        self._lanes.close()
+        await self._lanes.close()
 
     async def _open(self, spec: ShardSpec) -> None:
         shard = Shard(self._folder(spec.key), spec, self._settings, self._builder, self._lanes)
@@ -137,8 +138,11 @@ class StorageNode:
         with_payload: bool,
         with_vectors: bool | tuple[str, ...],
     ) -> PointBatch:
-        found, _, _ = self._shard(shard).state.current(ids, with_payload, with_vectors)
-        return found
+        state = self._shard(shard).state
+        snapshot, places = state.snapshot(), [p for p in state.locate(ids) if p is not None]
+        if len(places) <= _INLINE_TAKE_MAX:
+            return take_rows(snapshot, places, with_payload, with_vectors)
+        return await self._lanes.search(take_rows, snapshot, places, with_payload, with_vectors)
 
     async def info(self, shard: ShardKey) -> ShardInfo:
         found = self._shards.get(shard)

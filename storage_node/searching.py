@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from shoal.api.filter import Filter
 from shoal.batch import PointBatch, pack_bits, unpack_bits
 from shoal.errors import BadRequest, must
 from shoal.faiss_index import Graph, distances
+from shoal.ids import PointIds
 from shoal.storage_api import Distance, Hits, Scroll, Search, ShardSpec
 from storage_node.filtering import allowed as filter_allowed
 from storage_node.growing import GrowingView
@@ -79,45 +81,25 @@ def _collect(
     found: Sequence[tuple[int, NDArray[np.int64], NDArray[np.float32]]],
     larger_is_better: bool,
 ) -> Hits:
-    if len(found) == 1 and len(found[0][1]) <= query.limit:
-        number, rows, scores = found[0]
-        points = snapshot.units[number].rows.take(rows, query.with_payload, query.with_vectors)
-        if _strictly_ordered(scores, larger_is_better):
-            return Hits(points, scores)
-        order = _best_first(points, scores, larger_is_better)
-        return Hits(points.take(order), scores[order])
-    if not found:
-        empty = PointBatch.empty(query.with_payload)
-        return Hits(empty, np.empty(0, np.float32))
-    # Choose by id and score first; contents are fetched for the winners only.
-    ids = concat([snapshot.units[n].rows.take(rows, False, False) for n, rows, _ in found])
-    scores = np.concatenate([s for _, _, s in found])
-    order = _best_first(ids, scores, larger_is_better)[: query.limit]
-    if not query.with_payload and not query.with_vectors:
-        return Hits(ids.take(order), scores[order])
-    source = np.repeat(np.arange(len(found)), [len(rows) for _, rows, _ in found])[order]
-    all_rows = np.concatenate([rows for _, rows, _ in found])[order]
-    parts, places = [], []
-    for position, (number, _, _) in enumerate(found):
-        here = np.flatnonzero(source == position)
-        if len(here):
-            unit = snapshot.units[number].rows
-            parts.append(unit.take(all_rows[here], query.with_payload, query.with_vectors))
-            places.append(here)
-    back = np.empty(len(order), np.int64)
-    back[np.concatenate(places)] = np.arange(len(order))
-    points = parts[0] if len(parts) == 1 else concat(parts).take(back)
-    return Hits(points, scores[order])
-
-
-def _strictly_ordered(scores: NDArray[np.float32], larger: bool) -> bool:
-    return bool((scores[1:] < scores[:-1]).all() if larger else (scores[1:] > scores[:-1]).all())
-
-
-def _best_first(points: PointBatch, scores: NDArray[np.float32], larger: bool) -> NDArray[np.int64]:
-    """The order best first, equal scores by ascending id."""
-    by_id = points.ids.order()
-    return by_id[np.argsort(-scores[by_id] if larger else scores[by_id], kind="stable")]
+    """The best of all segments. Contents are fetched for the winners only."""
+    best: list[tuple[float, int, int, int]] = []  # rank (small is good), key, unit, row
+    for number, rows, scores in found:
+        ranks = -scores if larger_is_better else scores
+        keys = snapshot.units[number].rows.keys_of(rows)
+        best += zip(ranks.tolist(), keys, repeat(number), rows.tolist(), strict=False)
+    best.sort()  # equal ranks: the smaller id first, so that every replica says the same
+    del best[query.limit :]
+    towards = np.array([rank for rank, _, _, _ in best], np.float32)
+    scores = -towards if larger_is_better else towards
+    if query.with_vectors:
+        places = [(number, row) for _, _, number, row in best]
+        return Hits(take_rows(snapshot, places, query.with_payload, query.with_vectors), scores)
+    places_of = [(snapshot.units[number].rows, row) for _, _, number, row in best]
+    points = PointBatch(PointIds.from_keys([key for _, key, _, _ in best]))
+    points.versions = np.array([rows.version(row) for rows, row in places_of], np.uint64)
+    if query.with_payload:
+        points.set_payloads([rows.payload_bytes(row) for rows, row in places_of])
+    return Hits(points, scores)
 
 
 def _search_unit(

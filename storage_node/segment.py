@@ -109,6 +109,9 @@ class SealedSegment:
         return np.unique(rows[rows >= 0]).astype(np.uint32)
 
     def keys_of(self, rows: NDArray[np.integer]) -> list[int]:
+        if len(self._ints) == self.row_count:
+            numbers: list[int] = self._ints[rows].tolist()
+            return numbers
         return [self.key(row) for row in rows.tolist()]
 
     def key(self, row: int) -> int:
@@ -147,6 +150,9 @@ class SealedSegment:
     # -- contents ---------------------------------------------------------------------------------
     def payload_bytes(self, row: int) -> bytes:
         return self._payload[int(self._offsets[row]) : int(self._offsets[row + 1])]
+
+    def version(self, row: int) -> int:
+        return int(self._arrays["versions"][row])
 
     def present_bits(self, name: str) -> NDArray[np.uint8] | None:
         """Packed bitmap of the rows that have the vector; None = every row. KeyError: no such name."""

@@ -34,6 +34,7 @@ from shoal.storage_api import (
     Upsert,
     VectorSpec,
 )
+from storage_node import shard
 from storage_node.node import StorageNode
 
 KEY = ShardKey(1, 0)
@@ -206,7 +207,12 @@ def test_random_writes_agree_with_a_dictionary(tmp_path: Path, seed: int) -> Non
     asyncio.run(run())
 
 
-def test_a_graph_is_built_published_and_used_after_a_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("merge_in", ["thread", "child process"])
+def test_a_graph_is_built_published_and_used_after_a_restart(
+    tmp_path: Path, merge_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if merge_in != "thread":
+        monkeypatch.setattr(shard, "_MERGE_IN_THREAD_ROWS_MAX", 0)
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((4000, DIM)).astype(np.float32)
 
@@ -220,10 +226,11 @@ def test_a_graph_is_built_published_and_used_after_a_restart(tmp_path: Path) -> 
             batch = PointBatch(ids, {"": DenseBlock(vectors[start : start + 500])})
             await node.write(KEY, Upsert(batch))
         while (await node.info(KEY)).pending:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # its own clock decides: idle after a second
         info = await node.info(KEY)
         assert info.indexed_vectors >= 2000
         assert info.points == 4000
+        assert info.segments == 1, "idle merges leave one segment"
         await node.close()
         node = StorageNode(tmp_path, builder=builder, settings=settings())
         await node.start([spec(index_bytes_min=1)])
