@@ -230,7 +230,7 @@ def test_a_graph_is_built_published_and_used_after_a_restart(
         info = await node.info(KEY)
         assert info.indexed_vectors >= 2000
         assert info.points == 4000
-        assert info.segments == 1, "idle merges leave one segment"
+        assert info.segments <= 2, "idle merges leave one segment beside the growing one"
         await node.close()
         node = StorageNode(tmp_path, builder=builder, settings=settings())
         await node.start([spec(index_bytes_min=1)])
