@@ -203,8 +203,8 @@ function showAsk(metadata) {
   const title = typeof metadata.title === "string" ? metadata.title : view.collection;
   $("question").disabled = !target;
   $("question").placeholder = target ? "in your own words" : "this collection is shown point by point";
-  $("question-label").textContent = target ? `Ask “${title}” a question` : title;
-  document.title = `${title} · Shoal`;
+  $("question-label").textContent = target ? `Ask ${title}` : title;
+  document.title = `${view.collection} · Shoal`;
   const examples = Array.isArray(metadata.examples)
     ? metadata.examples.filter((each) => typeof each === "string").slice(0, 8)
     : [];
@@ -529,6 +529,7 @@ function hit(point, rank, filled) {
         "h3",
         {},
         titleKey ? payload[titleKey] : `Point ${point.id}`,
+        kind && " ",
         kind && el("span", { className: "tag", textContent: kind }),
       ),
       typeof payload.signature === "string" && payload.signature

@@ -1,0 +1,277 @@
+"""A storage node in memory: dictionaries, exact arithmetic, no disk, no threads, no index.
+
+It keeps the contract of `shoal.storage_api.Storage` by the shortest way, so that the coordinator's
+tests take milliseconds and a difference to the real node is a bug in one of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shoal.api.filter import Filter
+from shoal.batch import DenseBlock, MultiBlock, PointBatch, SparseBlock
+from shoal.errors import AlreadyExists, NotFound
+from shoal.ids import PointIds
+from shoal.payload import decode, delete_keys, merge_payload
+from shoal.storage_api import (
+    ClearPayload,
+    Delete,
+    DeletePayload,
+    DeleteVectors,
+    Distance,
+    Hits,
+    OverwritePayload,
+    Scroll,
+    Search,
+    Selector,
+    SetPayload,
+    ShardInfo,
+    ShardKey,
+    ShardSpec,
+    UpdateMode,
+    UpdateVectors,
+    Upsert,
+    Write,
+    WriteResult,
+)
+from storage_node.row_filter import Point, compile_filter
+
+__all__ = ["FakeStorage"]
+
+
+@dataclass
+class Row:
+    """One point. A vector is (dim,) dense, (rows, dim) multi, or a pair (indices, values) sparse."""
+
+    payload: bytes = b""
+    dense: dict[str, np.ndarray] = field(default_factory=dict)
+    multi: dict[str, np.ndarray] = field(default_factory=dict)
+    sparse: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    version: int = 0
+
+    def has(self, name: str) -> bool:
+        return name in self.dense or name in self.multi or name in self.sparse
+
+
+@dataclass
+class FakeShard:
+    spec: ShardSpec
+    rows: dict[int, Row] = field(default_factory=dict)
+    sequence: int = 0
+
+
+class FakeStorage:
+    """info_overrides: how a shard says that it is. error: what every call raises from now on."""
+
+    def __init__(self) -> None:
+        self.shards: dict[ShardKey, FakeShard] = {}
+        self.info_overrides: dict[ShardKey, ShardInfo] = {}
+        self.error: Exception | None = None
+
+    def _shard(self, key: ShardKey) -> FakeShard:
+        if self.error is not None:
+            raise self.error
+        if key not in self.shards:
+            raise NotFound(f"shard {key} is not here")
+        return self.shards[key]
+
+    async def create_shard(self, spec: ShardSpec) -> None:
+        if self.error is not None:
+            raise self.error
+        if spec.key in self.shards:
+            raise AlreadyExists(f"shard {spec.key} exists")
+        self.shards[spec.key] = FakeShard(spec)
+
+    async def drop_shard(self, shard: ShardKey) -> None:
+        self.shards.pop(shard, None)
+
+    # -- reads ------------------------------------------------------------------------------------
+    async def search(self, shard: ShardKey, query: Search) -> Hits:
+        here = self._shard(shard)
+        distance = here.spec.dense[query.using].distance
+        sign = -1.0 if distance.larger_is_better else 1.0
+        ranked = []
+        for key, row in _matching(here, query.filter):
+            if query.using in row.dense and key not in query.exclude:
+                score = _score(distance, query.vector, row.dense[query.using])
+                limit = query.score_threshold
+                if limit is None or sign * score <= sign * limit:
+                    ranked.append((sign * score, key, score))
+        ranked = sorted(ranked)[: query.limit]
+        points = _batch(here, [key for _, key, _ in ranked], query.with_payload, query.with_vectors)
+        return Hits(points, np.array([score for *_, score in ranked], np.float32))
+
+    async def retrieve(
+        self,
+        shard: ShardKey,
+        ids: PointIds,
+        with_payload: bool,
+        with_vectors: bool | tuple[str, ...],
+    ) -> PointBatch:
+        here = self._shard(shard)
+        keys = ids.keys()
+        return _batch(here, [k for k in keys if k in here.rows], with_payload, with_vectors)
+
+    async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch:
+        here = self._shard(shard)
+        keys = sorted(k for k, _ in _matching(here, query.filter) if k >= (query.start or 0))
+        return _batch(here, keys[: query.limit], query.with_payload, query.with_vectors)
+
+    async def count(self, shard: ShardKey, filter: Filter | None) -> int:
+        return sum(1 for _ in _matching(self._shard(shard), filter))
+
+    async def info(self, shard: ShardKey) -> ShardInfo:
+        here = self._shard(shard)
+        if shard in self.info_overrides:
+            return self.info_overrides[shard]
+        return ShardInfo(points=len(here.rows), segments=1, applied=here.sequence)
+
+    # -- writes -----------------------------------------------------------------------------------
+    async def write(self, shard: ShardKey, op: Write) -> WriteResult:
+        here = self._shard(shard)
+        here.sequence += 1
+        missing: list[int] = []
+        match op:
+            case Upsert():
+                _upsert(here, op)
+            case UpdateVectors():
+                allowed = {key for key, _ in _matching(here, op.update_filter)}
+                for position, key in enumerate(op.points.ids.keys()):
+                    if key not in here.rows:
+                        missing.append(key)
+                    elif key in allowed:
+                        _set_vectors(here.rows[key], op.points, position)
+                        here.rows[key].version = here.sequence
+            case Delete():
+                for key in _selected(here, op.where, []):
+                    del here.rows[key]
+            case (
+                DeleteVectors()
+                | SetPayload()
+                | OverwritePayload()
+                | DeletePayload()
+                | ClearPayload()
+            ):
+                for key in _selected(here, op.where, missing):
+                    _change(here.rows[key], op)
+                    here.rows[key].version = here.sequence
+        return WriteResult(here.sequence, missing[0] if missing else None)
+
+
+def _change(
+    row: Row, op: DeleteVectors | SetPayload | OverwritePayload | DeletePayload | ClearPayload
+) -> None:
+    match op:
+        case DeleteVectors():
+            for name in op.names:
+                for vectors in (row.dense, row.multi, row.sparse):
+                    vectors.pop(name, None)
+        case SetPayload():
+            row.payload = merge_payload(row.payload, op.payload, op.key)
+        case OverwritePayload():
+            row.payload = op.payload
+        case DeletePayload():
+            row.payload = delete_keys(row.payload, op.keys)
+        case ClearPayload():
+            row.payload = b""
+
+
+def _matching(shard: FakeShard, filter: Filter | None) -> Iterator[tuple[int, Row]]:
+    if filter is None:
+        yield from list(shard.rows.items())
+        return
+    holds = compile_filter(filter)
+    for key, row in list(shard.rows.items()):
+        if holds(decode(row.payload), Point(key, row.has)):
+            yield key, row
+
+
+def _selected(shard: FakeShard, where: Selector, missing: list[int]) -> Iterable[int]:
+    if where.ids is None:
+        return [key for key, _ in _matching(shard, where.filter)]
+    keys = list(dict.fromkeys(where.ids.keys()))
+    missing += [key for key in keys if key not in shard.rows]
+    return [key for key in keys if key in shard.rows]
+
+
+def _upsert(shard: FakeShard, op: Upsert) -> None:
+    allowed = {key for key, _ in _matching(shard, op.update_filter)}
+    for position, key in enumerate(op.points.ids.keys()):
+        exists = key in shard.rows
+        if exists and (op.mode is UpdateMode.INSERT_ONLY or key not in allowed):
+            continue
+        if not exists and op.mode is UpdateMode.UPDATE_ONLY:
+            continue
+        row = Row(payload=op.points.payload_of(position), version=shard.sequence)
+        _set_vectors(row, op.points, position)
+        shard.rows[key] = row
+
+
+def _set_vectors(row: Row, points: PointBatch, position: int) -> None:
+    for name, dense in points.dense.items():
+        if dense.present is None or dense.present[position]:
+            row.dense[name] = dense.values[position].copy()
+    for name, multi in points.multi.items():
+        if multi.present is None or multi.present[position]:
+            span = slice(multi.indptr[position], multi.indptr[position + 1])
+            row.multi[name] = multi.values[span].copy()
+    for name, sparse in points.sparse.items():
+        if sparse.present is None or sparse.present[position]:
+            span = slice(sparse.indptr[position], sparse.indptr[position + 1])
+            row.sparse[name] = (sparse.indices[span].copy(), sparse.values[span].copy())
+
+
+def _score(distance: Distance, query: np.ndarray, vector: np.ndarray) -> float:
+    q, v = query.astype(np.float64), vector.astype(np.float64)
+    if distance.larger_is_better:
+        return float(np.float32(q @ v))
+    if distance is Distance.EUCLID:
+        return float(np.float32(np.sqrt(((q - v) ** 2).sum())))
+    return float(np.float32(np.abs(q - v).sum()))
+
+
+def _batch(
+    shard: FakeShard, keys: list[int], with_payload: bool, with_vectors: bool | tuple[str, ...]
+) -> PointBatch:
+    rows = [shard.rows[key] for key in keys]
+    batch = PointBatch(PointIds.from_keys(keys))
+    batch.versions = np.array([row.version for row in rows], np.uint64)
+    if with_payload:
+        batch.set_payloads([row.payload for row in rows])
+
+    def wanted(name: str) -> bool:
+        return with_vectors is True or (with_vectors is not False and name in with_vectors)
+
+    for name, spec in shard.spec.dense.items():
+        present = np.array([row.has(name) for row in rows], np.bool_)
+        if not wanted(name) or not present.any():
+            continue
+        if spec.multi:
+            parts = [row.multi.get(name, np.empty((0, spec.dim), np.float32)) for row in rows]
+            batch.multi[name] = MultiBlock(_ends(parts), np.concatenate(parts), present)
+        else:
+            zeros = np.zeros(spec.dim, np.float32)
+            batch.dense[name] = DenseBlock(
+                np.stack([row.dense.get(name, zeros) for row in rows]), present
+            )
+    for name in shard.spec.sparse:
+        present = np.array([row.has(name) for row in rows], np.bool_)
+        if wanted(name) and present.any():
+            none = (np.empty(0, np.uint32), np.empty(0, np.float32))
+            pairs = [row.sparse.get(name, none) for row in rows]
+            batch.sparse[name] = SparseBlock(
+                _ends([indices for indices, _ in pairs]),
+                np.concatenate([indices for indices, _ in pairs]),
+                np.concatenate([values for _, values in pairs]),
+                present,
+            )
+    return batch
+
+
+def _ends(parts: list[np.ndarray]) -> np.ndarray:
+    ends = np.zeros(len(parts) + 1, np.uint32)
+    np.cumsum([len(part) for part in parts], out=ends[1:])
+    return ends
