@@ -11,18 +11,16 @@ A test that fails prints the end of the log of every server that it used.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from harness import Server
+from harness import MakeServer, Server
 from qdrant_client import QdrantClient
 
 _SERVERS: pytest.StashKey[list[Server]] = pytest.StashKey()
-
-MakeServer = Callable[..., Server]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 from qdrant_client import QdrantClient
 
-__all__ = ["START_S_MAX", "STOP_S_MAX", "Server", "ServerFailed", "wait_until"]
+__all__ = ["START_S_MAX", "STOP_S_MAX", "MakeServer", "Server", "ServerFailed", "wait_until"]
 
 START_S_MAX = 60.0  # on a loaded machine; importing faiss alone can take seconds there
 STOP_S_MAX = 60.0
@@ -165,6 +165,9 @@ class Server:
 
     def failed(self, what: str) -> ServerFailed:
         return ServerFailed(f"{what}; the end of its log:\n{self.log_tail()}")
+
+
+MakeServer = Callable[..., Server]  # the fixture `make_server`
 
 
 def run_shoal(

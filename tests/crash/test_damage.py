@@ -13,8 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MakeServer
-from harness import Server, run_shoal, wait_until
+from harness import MakeServer, Server, run_shoal, wait_until
 from ledger import Content
 from writers import create_collection, read_all
 

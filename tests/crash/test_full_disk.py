@@ -13,8 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import MakeServer
-from harness import Server
+from harness import MakeServer, Server
 from ledger import Content
 from writers import create_collection, read_all
 

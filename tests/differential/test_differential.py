@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from conftest import MakeServer
-from harness import Server, wait_until
+from harness import MakeServer, Server, wait_until
 from qdrant_client import QdrantClient
 from qdrant_client import models as m
 from runner import RECALL_MIN, Call, Difference, Event, Execution, Restart, Run, plan, shrink

@@ -15,8 +15,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from cases import CASES, FILTER_CASES, Case, nested_filter
-from conftest import MakeServer
-from harness import Server
+from harness import MakeServer, Server
 
 from shoal.limits import BODY_BYTES_MAX, FILTER_DEPTH_MAX
 

@@ -16,8 +16,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from conftest import MakeServer
-from harness import Server
+from harness import MakeServer, Server
 
 ROUND_REQUESTS = 150
 QUICK_ROUNDS = 4

@@ -9,8 +9,7 @@ import socket
 
 import httpx
 import pytest
-from conftest import MakeServer
-from harness import Server, wait_until
+from harness import MakeServer, Server, wait_until
 
 
 class HalfSent:
