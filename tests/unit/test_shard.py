@@ -225,7 +225,7 @@ def test_a_graph_is_built_published_and_used_after_a_restart(
             ids = PointIds(np.arange(start, start + 500, dtype=np.uint64))
             batch = PointBatch(ids, {"": DenseBlock(vectors[start : start + 500])})
             await node.write(KEY, Upsert(batch))
-        while (await node.info(KEY)).pending:
+        while (await node.info(KEY)).pending:  # noqa: ASYNC110
             await asyncio.sleep(0.02)  # its own clock decides: idle after a second
         info = await node.info(KEY)
         assert info.indexed_vectors >= 2000
