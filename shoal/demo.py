@@ -219,7 +219,7 @@ async def _create_collection(http: httpx.AsyncClient) -> None:
             {
                 "vectors": {"size": DIMENSION, "distance": "Cosine"},
                 "metadata": {
-                    "title": f"Python {sys.version_info.major}.{sys.version_info.minor} "
+                    "title": f"the Python {sys.version_info.major}.{sys.version_info.minor} "
                     "standard library",
                     "text_model": DEFAULT_MODEL,
                     "filter_key": "package",  # these two are for the page

@@ -191,6 +191,7 @@ async function open(name, keepView = false) {
     if (view.collection !== name) return;
     target = targetOf(collectionStatus(), metadata);
     showAsk(metadata);
+    showState();
     const finding = findFacets(metadata);
     if (view.chosen.size) await finding; // a filter from the address needs its key
     await Promise.all([search(), finding]);
