@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from shoal.encoder_api import DEFAULT_MODEL
 from shoal.importing.chunks import Chunk, Columns, ImportFailed, Schema, Source, Text
 from shoal.importing.resume import Progress, fingerprint
 from shoal.importing.sender import Refused, Server
 
-__all__ = ["ImportFailed", "Report", "import_file", "run"]
+__all__ = ["DEFAULT_MODEL", "ImportFailed", "Report", "import_file", "run"]
 
 DEFAULT_URL = "http://localhost:6333"
-DEFAULT_MODEL = "sentence-transformers/all-minilm-l6-v2"
+BATCH_ROWS = 1_000
+BATCH_TEXTS = 128  # embedding takes milliseconds each: smaller, so that progress is seen
 IN_FLIGHT = 4  # requests: the server works on some while others travel
 WINDOW = 2 * IN_FLIGHT  # chunks that were read and not acknowledged: bounds the memory
 NOTE_EVERY_CHUNKS = 16  # how often the resume note is written
@@ -53,7 +55,8 @@ def run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     path: Path = arguments.file
     columns = _columns(arguments)
-    source = open_source(path, columns, arguments.batch)
+    batch_rows = arguments.batch or (BATCH_ROWS if columns.text is None else BATCH_TEXTS)
+    source = open_source(path, columns, batch_rows)
     try:
         with _shown(path, source) as watcher:
             report = import_file(
@@ -291,9 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--batch",
         type=_batch,
-        default=1_000,
+        default=None,
         metavar="ROWS",
-        help="rows in one request [default 1000]",
+        help=f"rows in one request [default {BATCH_ROWS}, with --text-column {BATCH_TEXTS}]",
     )
     add("--restart", action="store_true", help="begin at the first row, always")
     return parser
