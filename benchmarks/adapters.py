@@ -150,9 +150,11 @@ class Lance:
         for start in range(BATCH, len(vectors), 10 * BATCH):
             self.table.add(data.slice(start, 10 * BATCH))
         self.table.optimize()
-        self.table.create_index(metric="cosine", index_type="IVF_HNSW_SQ")
-        self.table.create_scalar_index("domain", index_type="BITMAP")
-        self.table.create_scalar_index("draw", index_type="BTREE")
+        from lancedb.index import Bitmap, BTree, HnswSq
+
+        self.table.create_index("vector", config=HnswSq(distance_type="cosine"))
+        self.table.create_index("domain", config=Bitmap())
+        self.table.create_index("draw", config=BTree())
 
     def search(self, vector: np.ndarray, condition: dict[str, Any] | None) -> list[int]:
         query = self.table.search(vector).distance_type("cosine").limit(K)
