@@ -34,7 +34,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(BIN)/python pyproject.toml
-	@if $(PIP) install --quiet --dry-run --no-deps --report - $(TORCH) | grep -q '"nvidia-\|"cuda-'; then \
+	@if $(PIP) install --quiet --dry-run --no-deps --report - $(TORCH) | grep -qE '"(nvidia|cuda)-'; then \
 	  $(PIP) install --index-url $(TORCH_CPU_INDEX) $(TORCH); else $(PIP) install $(TORCH); fi
 	$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $(STAMP)
