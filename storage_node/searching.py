@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch, pack_bits, unpack_bits
-from shoal.errors import BadRequest, must
+from shoal.errors import must
 from shoal.faiss_index import Graph, distances
 from shoal.ids import PointIds
 from shoal.storage_api import Distance, Hits, Scroll, Search, ShardSpec
@@ -189,13 +189,10 @@ def _allowed_bits(
 
 
 def _filter_bits(unit: SnapshotUnit, filter: Filter) -> Bits:
-    try:
-        if unit.lock is None:
-            return filter_allowed(filter, unit.rows)
-        with unit.lock:
-            return filter_allowed(filter, unit.rows)
-    except KeyError as error:
-        raise BadRequest(f"Wrong input: Not existing vector name error: {error.args[0]}") from error
+    if unit.lock is None:
+        return filter_allowed(filter, unit.rows)
+    with unit.lock:
+        return filter_allowed(filter, unit.rows)
 
 
 def _and(a: Bits | None, b: Bits | None, row_count: int) -> Bits | None:

@@ -384,9 +384,12 @@ class Shard:
         folder = self._segment_folder(frozen.segment_id)
         self._check_files_space(frozen.byte_size)
         take = frozen.view().take
-        files = write_segment(
-            folder, self.spec, [lambda r: take(r, True, True)], np.zeros(len(rows), np.uint8), rows
-        )
+        source = np.zeros(len(rows), np.uint8)
+        try:
+            files = write_segment(folder, self.spec, [lambda r: take(r, True, True)], source, rows)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         sync_folder(folder)
         sync_folder(folder.parent)
         return SegmentRecord(segment_id=frozen.segment_id, rows=len(rows), files=files), rows
@@ -451,8 +454,6 @@ class Shard:
         inputs = choose_merge(self._stats(), idle=idle and not self.state.frozen)
         if inputs:
             rows = sum(self.state.segment(i).row_count for i in inputs)
-            size = sum(n for i in inputs for n, _ in self.state.segment(i).record.files.values())
-            await self._lanes.files(self._check_space, size)
             merge = Merge(inputs, self.state.new_segment_id())
             _log.info("merging", shard=self.folder, segments=len(inputs), rows=rows)
             await self._enqueue(merge, 0)
@@ -491,7 +492,11 @@ class Shard:
 
     async def _merge(self, merge: Merge) -> None:
         self._merging = True
+        inputs = [self.state.segment(i) for i in merge.inputs]
+        named = False  # the output may stand in the manifest: never delete it then
         try:
+            size = sum(n for s in inputs for n, _ in s.record.files.values())
+            await self._lanes.files(self._check_space, size)
             output, source, rows = await self._write_merged(merge)
             fault_point("merge.after_segment")
             if output is not None:
@@ -499,17 +504,19 @@ class Shard:
                     output.record = await self._build(output, name)
             async with self._manifest_lock:
                 manifest = await self._lanes.files(self._merged, merge, output, source, rows)
+                named = True
                 await self._lanes.files(write_manifest, self.folder, manifest)
                 self._manifest = manifest
-                folders = [self.state.segment(i).folder for i in merge.inputs]
                 self.state.install_merge(merge, output, source, rows)
                 if output is not None:
                     output.record = manifest.segments[-1]
             fault_point("merge.after_install")
-            for folder in folders:  # readers that still map these files keep them alive
-                await self._lanes.files(shutil.rmtree, folder)
+            for segment in inputs:  # readers that still map these files keep them alive
+                await self._lanes.files(shutil.rmtree, segment.folder)
         finally:
             self._merging = False
+            if not named:  # a try that failed must not keep the space that may have failed it
+                shutil.rmtree(self._segment_folder(merge.output), ignore_errors=True)
         self._changed.set()
 
     async def _write_merged(
@@ -570,8 +577,12 @@ class Shard:
             output=temporary,
             threads=self._settings.index_threads,
         )
-        async with self._lanes.build:
-            await self._builder.build(job)
+        try:
+            async with self._lanes.build:
+                await self._builder.build(job)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
         def publish() -> tuple[int, int]:
             with storage_errors(path):
