@@ -26,7 +26,7 @@ __all__ = ["FORMAT", "DataDirectory", "ServerInfo"]
 
 FORMAT = 1
 _FORMAT_TEXT = re.compile(r"shoal data, format (\d+)\s*")
-_HARMLESS = frozenset({"LOCK", "server.json", "server.log", "lost+found"})  # in an empty folder
+_HARMLESS = frozenset({"LOCK", "server.json", "lost+found"})  # what an empty folder may hold
 
 
 @dataclass(frozen=True, slots=True)

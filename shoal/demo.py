@@ -46,7 +46,15 @@ from shoal.data_dir import DataDirectory, ServerInfo
 from shoal.encoder_api import DEFAULT_MODEL
 from shoal.errors import ShoalError, StartupError, Unavailable
 
-__all__ = ["COLLECTION", "QUESTIONS", "index_corpus", "run", "run_demo"]
+__all__ = [
+    "COLLECTION",
+    "QUESTIONS",
+    "Indexed",
+    "create_collection",
+    "index_corpus",
+    "run",
+    "run_demo",
+]
 
 COLLECTION = "python-stdlib"
 DIMENSION = 384
@@ -119,11 +127,12 @@ def run(arguments: list[str]) -> int:
             console.print(f"[green]●[/] Shoal serves at {server.url}  [dim]log: {server.log}[/]")
             status = asyncio.run(run_demo(server.url, check=False, console=console))
             if status == 0:
-                console.print(
-                    f"\nAsk your own questions at [bold]{server.url}/dashboard[/]"
-                    "   [dim](Ctrl-C stops the server)[/]"
-                )
                 with contextlib.suppress(KeyboardInterrupt):
+                    console.print(
+                        f"\nAsk your own questions at [bold]{server.url}/dashboard[/]"
+                        "   [dim](Ctrl-C stops the server)[/]",
+                        soft_wrap=True,
+                    )
                     server.wait()
                 console.print("\nStopping; everything is on disk.")
             return status
@@ -143,7 +152,7 @@ async def run_demo(base_url: str, *, check: bool, console: Console | None = None
     async with httpx.AsyncClient(
         base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False
     ) as http:
-        await _create_collection(http)
+        await create_collection(http)
         indexed = await index_corpus(http, corpus, console)
         _say_what_was_indexed(console, indexed)
         await _ask(http, QUESTIONS[0].text, limit=1)  # loads the model, if indexing had no need to
@@ -189,7 +198,7 @@ async def index_corpus(
     missing = await _missing(http, points)
     batches = [missing[at : at + BATCH_POINTS] for at in range(0, len(missing), BATCH_POINTS)]
     room = asyncio.Semaphore(REQUESTS_AT_ONCE)
-    with _progress(console) as progress:
+    with _progress(console, visible=bool(missing)) as progress:
         bar = progress.add_task("Indexing", total=len(points), completed=len(points) - len(missing))
 
         async def send(batch: list[dict[str, Any]]) -> None:
@@ -209,7 +218,8 @@ async def index_corpus(
 # -- requests -------------------------------------------------------------------------------------
 
 
-async def _create_collection(http: httpx.AsyncClient) -> None:
+async def create_collection(http: httpx.AsyncClient) -> None:
+    """Make the collection unless it is there; its metadata tells the page how to show it."""
     found = await _call(http, "GET", f"/collections/{COLLECTION}/exists")
     if not found["exists"]:
         await _call(
@@ -330,7 +340,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} texts/s", style="cyan")
 
 
-def _progress(console: Console) -> Progress:
+def _progress(console: Console, *, visible: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=32),
@@ -338,6 +348,7 @@ def _progress(console: Console) -> Progress:
         _Rate(),
         TimeRemainingColumn(),
         console=console,
+        disable=not visible,
     )
 
 
@@ -346,7 +357,7 @@ def _say_what_was_indexed(console: Console, indexed: Indexed) -> None:
     rate = indexed.texts_sent / indexed.took_s if indexed.took_s else 0.0
     sent = f"{indexed.texts_sent} texts embedded and stored in {indexed.took_s:.1f} s"
     if not indexed.texts_sent:
-        sent = "nothing to do"
+        sent = "Nothing to index"
     elif rate:
         sent += f" ({rate:.0f} texts/s)"
     console.print(sent + (f"; {there} were there already" if there else ""))
@@ -380,7 +391,8 @@ class _Server:
         self.url = ""
 
     def __enter__(self) -> _Server:
-        self._data_dir.mkdir(parents=True, exist_ok=True)
+        with DataDirectory(self._data_dir):
+            pass  # raises here, before a log is written into a folder that is somebody else's
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(

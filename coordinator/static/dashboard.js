@@ -203,7 +203,9 @@ async function open(name, keepView = false) {
 function showAsk(metadata) {
   const title = typeof metadata.title === "string" ? metadata.title : view.collection;
   $("question").disabled = !target;
-  $("question").placeholder = target ? "in your own words" : "this collection is shown point by point";
+  $("box").hidden = !target;
+  $("ask").hidden = false;
+  $("question").placeholder = "in your own words";
   $("question-label").textContent = target ? `Ask ${title}` : title;
   document.title = `${view.collection} · Shoal`;
   const examples = Array.isArray(metadata.examples)
@@ -237,6 +239,7 @@ function showCollections() {
   }
   chooser.value = view.collection;
   chooser.disabled = names.length < 2;
+  $("chooser").hidden = !names.length;
 }
 
 const HEALTH = { green: "settled", yellow: "working", red: "in trouble" };
@@ -454,6 +457,7 @@ function request(asking) {
 
 function showNothing() {
   $("question").disabled = true;
+  $("ask").hidden = true;
   $("more").hidden = true;
   $("hits").replaceChildren();
   $("outcome").textContent = "";
@@ -572,12 +576,17 @@ function more(point, payload, longKey) {
         { className: "fields" },
         ...[["id", point.id], ...rest].flatMap(([key, value]) => [
           el("dt", { textContent: key }),
-          el("dd", { textContent: typeof value === "string" ? value : JSON.stringify(value, null, 1) }),
+          el("dd", { textContent: typeof value === "string" ? value : json(value) }),
         ]),
       ),
     );
   });
   return details;
+}
+
+function json(value) {
+  const line = JSON.stringify(value);
+  return line.length <= 72 ? line : JSON.stringify(value, null, 1);
 }
 
 const shortened = (text, length) => (text.length <= length ? text : `${text.slice(0, length - 1)}…`);
