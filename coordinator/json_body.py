@@ -28,6 +28,7 @@ from shoal.payload import check_payload
 __all__ = [
     "ARRAYS",
     "OBJECTS",
+    "brackets_in",
     "flat_floats",
     "parse_json",
     "payload_bytes",
@@ -41,6 +42,7 @@ Object: Any = simdjson.Object
 ARRAYS = frozenset((Array, list))
 OBJECTS = frozenset((Object, dict))
 
+_DEEP_BYTES_MIN = 2 * PAYLOAD_DEPTH_MAX  # a shorter payload cannot be nested too deep
 _VALUE_ERRORS = frozenset(
     (
         "greater_than",
@@ -120,6 +122,20 @@ def flat_floats(node: Any, *, strict: bool) -> NDArray[np.float64] | None:
         return None
 
 
+def brackets_in(body: bytes) -> int | None:
+    """How many `[` a body has, inside texts too; None when an escaped one may be among them.
+
+    bytes.count looks at one byte after the other: 8 µs for the body of a query, where searching from
+    both ends for the only one takes 0.3.
+    """
+    if b"\\" in body and b"\\u005" in body:
+        return None
+    first = body.find(b"[")
+    if first == body.rfind(b"["):
+        return 0 if first < 0 else 1
+    return int(np.count_nonzero(np.frombuffer(body, np.uint8) == ord("[")))
+
+
 def unsigned(node: Any) -> NDArray[np.uint64] | None:
     """An array of whole numbers below 2**64 -> (n,) uint64; None when it is something else."""
     try:
@@ -151,7 +167,9 @@ def payload_bytes(node: Any) -> bytes:
     if type(node) not in OBJECTS:
         raise BadRequest("Format error in JSON body: payload must be an object or null")
     raw = raw_json(node)
-    if len(raw) > PAYLOAD_BYTES_MAX or raw.count(b"{") + raw.count(b"[") > PAYLOAD_DEPTH_MAX:
+    if len(raw) > _DEEP_BYTES_MIN and (
+        len(raw) > PAYLOAD_BYTES_MAX or raw.count(b"{") + raw.count(b"[") > PAYLOAD_DEPTH_MAX
+    ):
         check_payload(raw)
     return b"" if raw == b"{}" else raw
 

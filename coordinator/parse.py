@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from coordinator.json_body import (
     ARRAYS,
     OBJECTS,
+    brackets_in,
     flat_floats,
     parse_json,
     payload_bytes,
@@ -93,7 +94,7 @@ def _parse_body(body: bytes, fields: VectorFields, *, vectors_only: bool) -> Poi
         finally:
             del node
         # Every `[` of the request is one that was read as what it is; else arrays hide in arrays.
-        if strict or (reader.brackets == body.count(b"[") and b"\\u005" not in body):
+        if strict or reader.brackets == brackets_in(body):
             break
     return write
 
@@ -200,7 +201,8 @@ class _Reader:
 
     def _payload(self, node: Any) -> None:
         raw = payload_bytes(node)
-        self.brackets += raw.count(b"[")
+        if b"[" in raw:
+            self.brackets += raw.count(b"[")
         self._payloads.append(raw)
 
     def _vectors(self, row: int, node: Any) -> None:

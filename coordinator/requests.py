@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.json_body import (
     ARRAYS,
     OBJECTS,
+    brackets_in,
     flat_floats,
     parse_json,
     payload_bytes,
@@ -62,6 +65,8 @@ __all__ = [
 ]
 
 LIMIT_DEFAULT = 10
+_FILTERS_CACHED = 1024
+_FILTER_BYTES_CACHED = 1024  # longer ones hold lists of ids or values, which differ each time
 
 AnyWrite = PointsWrite | Write
 
@@ -156,8 +161,9 @@ def _common_query(node: Any, body: bytes) -> Query | None:
         elif key == "with_vector" and kind is bool:
             query.with_vectors = value
         elif key == "filter" and kind in OBJECTS:
-            brackets += raw_json(value).count(b"[")
-            query.filter = parse_filter(value if kind is dict else value.as_dict())
+            raw = raw_json(value)
+            brackets += raw.count(b"[")
+            query.filter = _small_filter(raw) if len(raw) <= _FILTER_BYTES_CACHED else _filter(raw)
         elif key == "params" and kind in OBJECTS:
             if not _common_params(value, query):
                 return None
@@ -173,13 +179,21 @@ def _common_query(node: Any, body: bytes) -> Query | None:
         return None
     if type(nearest) in ARRAYS:
         # every `[` is accounted for: then no array hides inside the vector
-        strict = brackets + 1 != body.count(b"[") or b"\\u005" in body
+        strict = brackets + 1 != brackets_in(body)
         query.vector = flat_floats(nearest, strict=strict)
         return query if query.vector is not None else None
     if type(nearest) is int or type(nearest) is str:
         query.point = parse_id(nearest)
         return query
     return query if nearest is None and query.score_threshold is None else None
+
+
+def _filter(raw: bytes) -> Filter:
+    return parse_filter(msgspec.json.decode(raw))
+
+
+# Filters are few and come again and again; one that is known costs nothing. They are immutable.
+_small_filter = lru_cache(maxsize=_FILTERS_CACHED)(_filter)
 
 
 def _common_params(node: Any, query: Query) -> bool:
