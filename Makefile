@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NOT_ALONE := slow or cluster or docker or gpu or browser or compat
 
-# The build without CUDA: 0.2 GB in place of 3. Where pip would choose one that pulls CUDA (from the
-# default index on Linux), the same version is taken from PyTorch's own CPU index.
+# On Linux pip's usual build of torch brings CUDA along, 3 GB that the CPU does not need. PyTorch's
+# "Start locally" page names an index of CPU builds:  make TORCH_FLAGS="--index-url <that index>" install
 TORCH := torch==2.13.0
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_FLAGS ?=
 
 .PHONY: help install demo serve test check test-slow test-compat test-browser bench proto format clean
 
@@ -34,8 +34,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(BIN)/python pyproject.toml
-	@if $(PIP) install --quiet --dry-run --no-deps --report - $(TORCH) | grep -qE '"(nvidia|cuda)-'; then \
-	  $(PIP) install --index-url $(TORCH_CPU_INDEX) $(TORCH); else $(PIP) install $(TORCH); fi
+	$(PIP) install $(TORCH_FLAGS) $(TORCH)
 	$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
