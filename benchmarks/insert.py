@@ -3,10 +3,10 @@
 JSON: batches of 256 points x 384 dimensions with payload, written with wait=true as Qdrant's Python
 client writes them (floats in full: about 2 MB a request), one request in flight on 1 connection and
 on 4. An answer means that the batch is fsynced and visible. The figure is points per second of CPU of
-the server process until the last answer: log, growing segment, and what of sealing and merging fell into
-that time. Index building runs in
-processes of its own at low priority and is a row of its own, from the start until the collection
-has settled. Import: `shoal import` of one Parquet file, CPU of client and server together.
+the server process until the last answer: log, growing segment, and what of sealing and merging fell
+into that time. Indexes are built in processes of their own at low priority; what they cost until the
+collection has settled is measured in the first round and has a column. Import: `shoal import` of one
+Parquet file, CPU of client and server together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH = 256
 
 def main() -> None:
     quick = options(__doc__).quick
-    count, rounds = (5_120, 2) if quick else (51_200, 5)
+    count, rounds = (5_120, 2) if quick else (49_920, 5)
     corpus = data.load(2 * count)
     report = Report(
         "insert",
@@ -59,7 +59,7 @@ def main() -> None:
             "points per CPU second of the server",
             "points/s on the wall",
             "p50 / p99 ms a batch",
-            "CPU µs a point: server, index builders until settled",
+            "CPU µs a point until settled",
         ],
     )
     json_rows(report, corpus.head(count), rounds)
@@ -81,18 +81,19 @@ def json_rows(report: Report, corpus: data.Corpus, rounds: int) -> None:
                 counted = server.call("POST", f"/collections/{NAME}/points/count", {})["count"]
                 if counted != count:
                     raise BenchmarkFailed(f"{counted} of {count} points arrived")
-                server.settle(NAME)
-                settled = server.cpu_seconds() - before
-                building = server.cpu_seconds(children=True) - before_all - settled
-                server.call("DELETE", f"/collections/{NAME}")
                 row = figures.setdefault(connections, {})
+                if number == 0:  # what comes later in the background, once: it takes long
+                    server.settle(NAME)
+                    settled = server.cpu_seconds() - before
+                    building = server.cpu_seconds(children=True) - before_all - settled
+                    row["settled_us"] = [settled / count * 1e6]
+                    row["building_us"] = [building / count * 1e6]
+                server.call("DELETE", f"/collections/{NAME}")
                 for key, value in (
                     ("per_cpu_s", count / cpu),
                     ("per_s", count / done.wall_s),
                     ("p50", percentile_ms(done.latency_ns, 50)),
                     ("p99", percentile_ms(done.latency_ns, 99)),
-                    ("settled_us", settled / count * 1e6),
-                    ("building_us", building / count * 1e6),
                 ):
                     row.setdefault(key, []).append(value)
     report.raw["json"] = figures
@@ -103,7 +104,7 @@ def json_rows(report: Report, corpus: data.Corpus, rounds: int) -> None:
                 spread(row["per_cpu_s"]),
                 spread(row["per_s"]),
                 f"{mid(row['p50']):.1f} / {mid(row['p99']):.1f}",
-                f"{mid(row['settled_us']):,.0f}, {mid(row['building_us']):,.0f}",
+                f"server {mid(row['settled_us']):,.0f}, index builders {mid(row['building_us']):,.0f}",
             ]
         )
     best = max(figures, key=lambda c: mid(figures[c]["per_cpu_s"]))
@@ -167,7 +168,6 @@ def import_rows(report: Report, corpus: data.Corpus, rounds: int) -> None:
             counted = server.call("POST", f"/collections/{NAME}/points/count", {})["count"]
             if counted != count:
                 raise BenchmarkFailed(f"{counted} of {count} points were imported")
-            server.settle(NAME)
             server.call("DELETE", f"/collections/{NAME}")
             figures["per_cpu_s"].append(count / (client + cpu))
             figures["per_s"].append(count / wall)
@@ -181,7 +181,8 @@ def import_rows(report: Report, corpus: data.Corpus, rounds: int) -> None:
             f"{spread(figures['per_cpu_s'])}",
             spread(figures["per_s"]),
             "",
-            f"{mid(figures['server_us']):,.0f} while importing; client {mid(figures['client_us']):,.0f}",
+            f"not awaited; while importing: server {mid(figures['server_us']):,.0f}, "
+            f"client {mid(figures['client_us']):,.0f}",
         ]
     )
     report.claim(
