@@ -11,14 +11,14 @@ import itertools
 import os
 import random
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from harness import Server
+from harness import Server, wait_until
 from ledger import Content, Ledger
-from writers import Writer, create_collection, verify
+from writers import Writer, create_collection, read_all, verify
 
 FAULT_POINTS = [
     "log.after_write",
@@ -33,6 +33,7 @@ FAULT_POINTS = [
     "index.after_publish",
 ]
 SEAL_BYTES = 65_536
+ONE_SEGMENT_ROWS = 500  # more than SEAL_BYTES: sealed as one
 FAULT_S_MAX = 90.0  # by then a server under these writers has passed every fault point
 QUICK_SEED = 1
 SLOW_ROUNDS = 60
@@ -47,29 +48,31 @@ class Rounds:
         self.server = Server(folder / "data", settings={"seal_bytes": SEAL_BYTES})
         self.writers = [Writer(number, seed) for number in range(2)]
         self.number = 0
+        self.indexed: list[str] = []
         self.server.start()
         create_collection(self.server)
 
     def fault(self, point: str, passes: int) -> None:
-        """The server kills itself at a fault point, under load."""
+        """The server kills itself at a fault point under load; maybe while it recovers already."""
+        self.server.kill9()
         self.server.fault = f"{point}:{passes}"
-        self._restart(f"before fault {self.server.fault}")
-        self._load(self._await_fault)
+        if self.server.start_or_die():
+            if point == "index.after_publish":
+                self._make_indexes(passes)
+                self._await_fault()
+            else:
+                self._load(self._await_fault)
+        assert self.server.returncode == -signal.SIGKILL, self.server.log_tail()
         self.server.fault = None
         self._restart(f"fault {point}:{passes}")
 
     def kill(self) -> None:
         """kill -9 after a random number of acknowledged operations, at no special moment."""
         goal = self._operations() + self.rng.randint(5, 150)
-        pause_s = self.rng.random() * 0.01
 
         def wait_and_kill() -> None:
-            tick = threading.Event()
-            for _ in range(6_000):
-                if self._operations() >= goal or any(w.failure for w in self.writers):
-                    break
-                tick.wait(0.01)
-            tick.wait(pause_s)
+            self._until(goal)
+            self.server.exit_within(self.rng.random() * 0.01)
             self.server.kill9()
 
         self._load(wait_and_kill)
@@ -94,6 +97,33 @@ class Rounds:
     def _operations(self) -> int:
         return sum(writer.ledger.operations for writer in self.writers)
 
+    def _make_indexes(self, count: int) -> None:
+        """Under load an index comes with a merge. One by itself is for a segment that stays alone
+        when the writes have ended: the first of a collection."""
+        for number in range(count):
+            name = f"indexed-{self.number}-{number}"
+            create_collection(self.server, name, shards=1)
+            points = [Content(1, 1).point_json(id_) for id_ in range(ONE_SEGMENT_ROWS)]
+            try:
+                with self.server.http() as http:
+                    body = {"points": points}
+                    http.put(f"/collections/{name}/points?wait=true", json=body).raise_for_status()
+            except httpx.TransportError:
+                return
+            self.indexed.append(name)
+
+    def _until(self, goal: int) -> None:
+        """Wait until so many operations were acknowledged, or the server or a writer has failed."""
+        wait_until(
+            lambda: (
+                self._operations() >= goal
+                or not self.server.running
+                or any(writer.failure for writer in self.writers)
+            ),
+            within_s=FAULT_S_MAX,
+            what=f"{goal} acknowledged operations",
+        )
+
     def _load(self, ending: Callable[[], None]) -> None:
         for writer in self.writers:
             writer.start(self.server)
@@ -110,7 +140,6 @@ class Rounds:
         if status is None:
             self.server.kill9()
             raise self.server.failed(f"the server never passed {self.server.fault}")
-        assert status == -signal.SIGKILL, self.server.log_tail()
 
     def _restart(self, what: str) -> None:
         self.number += 1
@@ -118,6 +147,19 @@ class Rounds:
         self.server.kill9()
         self.server.start()
         verify(self.server, self.writers, story)
+        self._verify_indexed(story)
+
+    def _verify_indexed(self, story: str) -> None:
+        expected = {id_: Content(1, 1).point_json(id_) for id_ in range(ONE_SEGMENT_ROWS)}
+        with self.server.http() as http:
+            while self.indexed:
+                name = self.indexed.pop()
+                found = {
+                    id_: {key: point[key] for key in ("id", "vector", "payload")}
+                    for id_, point in read_all(http, name).items()
+                }
+                assert found == expected, f"{story}: {name}"
+                http.delete(f"/collections/{name}").raise_for_status()
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ Each test builds a data directory by a real server, stops it, damages files, and
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def fill(http: httpx.Client, name: str, ids: range, version: int = 1) -> None:
         http.put(f"/collections/{name}/points?wait=true", json=body).raise_for_status()
 
 
-def expected(ids: range, version: int = 1) -> dict[int, Any]:
+def expected(ids: Iterable[int], version: int = 1) -> dict[int, Any]:
     return {id_: Content(version, version).point_json(id_) for id_ in ids}
 
 
@@ -144,6 +145,8 @@ KINDS = [
 ]
 ROWS = range(600)
 GONE = range(100)
+LATER = range(10_000, 10_600)
+LEFT = [*range(GONE.stop, ROWS.stop), *LATER]
 
 
 def build_segments(server: Server, http: httpx.Client, name: str) -> list[Path]:
@@ -152,7 +155,7 @@ def build_segments(server: Server, http: httpx.Client, name: str) -> list[Path]:
     fill(http, name, ROWS)
     body = {"points": list(GONE)}
     http.post(f"/collections/{name}/points/delete?wait=true", json=body).raise_for_status()
-    fill(http, name, range(10_000, 10_600))  # seals again: a checkpoint with tombstones
+    fill(http, name, LATER)  # seals again: a checkpoint with tombstones
     return shards
 
 
@@ -167,33 +170,59 @@ def test_a_flipped_byte_in_any_segment_file_is_found(make_server: MakeServer) ->
     stops the shard with an error that names the file; what is not damaged goes on."""
     server: Server = make_server(seal_bytes=SEAL_BYTES)
     rng = random.Random(1)
-    built: dict[str, list[Path]] = {}
+    names = {kind: f"damaged{number}" for number, kind in enumerate(KINDS)}
     with server.http() as http:
-        for number, _ in enumerate(KINDS):
-            built[KINDS[number]] = build_segments(server, http, f"damaged{number}")
+        built = {kind: build_segments(server, http, name) for kind, name in names.items()}
         build_segments(server, http, "healthy")
-        for kind in KINDS:
-            wait_until(
-                lambda kind=kind: bool(present(built[kind], kind)),
-                within_s=SETTLE_S_MAX,
-                what=f"a file {kind}",
-            )
-    assert server.stop() == 0
+    remaining = {name: set(expected(LEFT)) for name in names.values()}
+    stop_with_all_kinds(server, built, names, remaining)
     damaged = {kind: _flip(rng, rng.choice(present(built[kind], kind))) for kind in KINDS}
     server.start()
     with server.http() as http:
-        remaining = {**expected(range(GONE.stop, ROWS.stop)), **expected(range(10_000, 10_600))}
-        for number, kind in enumerate(KINDS):
-            path, told = damaged[kind], f"damaged{number}"
+        for kind, name in names.items():
+            path = damaged[kind]
             if kind == "index.*":
-                assert contents(http, told) == remaining
+                assert set(contents(http, name)) == remaining[name]
             else:
-                answer = ask(http, told)
+                answer = ask(http, name)
                 assert answer.status_code == 503, f"{kind}: {answer.status_code} {answer.text}"
                 assert path.name in answer.json()["status"]["error"], answer.text
             assert str(path.relative_to(server.data_dir)) in server.log(), f"{kind} is not logged"
-        assert contents(http, "healthy") == remaining
+        assert contents(http, "healthy") == expected(LEFT)
         assert http.get("/healthz").status_code == 200
+
+
+def green(http: httpx.Client, name: str) -> bool:
+    return bool(http.get(f"/collections/{name}").json()["result"]["status"] == "green")
+
+
+def stop_with_all_kinds(
+    server: Server,
+    built: dict[str, list[Path]],
+    names: dict[str, str],
+    remaining: dict[str, set[int]],
+) -> None:
+    """Stop at a moment when each collection has a file of its kind. An index is built once writes
+    have ended; tombstones are there from a seal until a merge, which comes soon after writes."""
+    with server.http() as http:
+        for name in names.values():
+            wait_until(lambda name=name: green(http, name), within_s=SETTLE_S_MAX, what="green")
+        kind = "tombstones.*"
+        victims = iter(sorted(remaining[names[kind]]))
+        fresh = itertools.count(20_000, 300)
+        while not present(built[kind], kind):
+            gone = list(itertools.islice(victims, 5))
+            body = {"points": gone}
+            path = f"/collections/{names[kind]}/points/delete?wait=true"
+            http.post(path, json=body).raise_for_status()
+            start = next(fresh)
+            fill(http, names[kind], range(start, start + 300))
+            remaining[names[kind]] = remaining[names[kind]] - set(gone) | set(
+                range(start, start + 300)
+            )
+    assert server.stop() == 0
+    for kind, shards in built.items():
+        assert present(shards, kind), f"no file {kind} to damage"
 
 
 def _flip(rng: random.Random, path: Path) -> Path:

@@ -11,21 +11,21 @@ import httpx
 from harness import Server
 from ledger import DIM_A, DIM_B, Change, Content, Ledger
 
-__all__ = ["COLLECTION", "Writer", "create_collection", "verify"]
+__all__ = ["COLLECTION", "Writer", "create_collection", "read_all", "verify"]
 
 COLLECTION = "crash"
 IDS_PER_WRITER = 1_000
 SHARDS = 2
 
 
-def create_collection(server: Server, name: str = COLLECTION) -> None:
-    """Two shards, two vectors, and a graph for every segment that can have one."""
+def create_collection(server: Server, name: str = COLLECTION, *, shards: int = SHARDS) -> None:
+    """Two vectors, and a graph for every segment that can have one."""
     body = {
         "vectors": {
             "a": {"size": DIM_A, "distance": "Dot"},
             "b": {"size": DIM_B, "distance": "Euclid"},
         },
-        "shard_number": SHARDS,
+        "shard_number": shards,
         "hnsw_config": {"m": 8, "ef_construct": 40, "full_scan_threshold": 10},
     }
     with server.http() as http:

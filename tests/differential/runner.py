@@ -96,6 +96,12 @@ def plan(run: Run) -> list[Event]:
     return events
 
 
+def plan_reads(run: Run, count: int = 40) -> list[Call]:
+    """Reads only, to be asked again and again of the same contents."""
+    world = World(random.Random(f"reads/{run.shape}/{run.seed}"), SHAPES[run.shape])
+    return [any_read(world) for _ in range(count)]
+
+
 @dataclass
 class Execution:
     """Carries events out on both sides and raises Difference at the first one."""
@@ -119,6 +125,10 @@ class Execution:
                 if step % CHECK_EVERY == CHECK_EVERY - 1:
                     self._check_contents(step, event)
         self.check_contents(len(events))
+
+    def reads(self, calls: Sequence[Call]) -> None:
+        for step, call in enumerate(calls):
+            self._step(step, call)
 
     def check_contents(self, step: int) -> None:
         self._check_contents(step, "everything so far")

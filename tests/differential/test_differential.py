@@ -17,7 +17,18 @@ import pytest
 from harness import MakeServer, Server, wait_until
 from qdrant_client import QdrantClient
 from qdrant_client import models as m
-from runner import RECALL_MIN, Call, Difference, Event, Execution, Restart, Run, plan, shrink
+from runner import (
+    RECALL_MIN,
+    Call,
+    Difference,
+    Event,
+    Execution,
+    Restart,
+    Run,
+    plan,
+    plan_reads,
+    shrink,
+)
 from world import SHAPES
 
 # Where the oracle differs from the contract by its own nature, why, and what is done about it here.
@@ -33,8 +44,8 @@ DIFFERENCES = {
 }
 
 SEAL_BYTES = 65_536  # the smallest allowed: sealing and merging happen all the time
-QUICK = [Run(shape, seed=1, steps=110) for shape in SHAPES]
-QUICK_RESTARTS = [Run("named", 2, 90, restarts=2), Run("everything", 2, 90, restarts=2)]
+QUICK = [Run(shape, seed=1, steps=100) for shape in SHAPES]
+QUICK_RESTARTS = [Run("named", 2, 80, restarts=2), Run("everything", 2, 80, restarts=2)]
 SLOW = [Run(shape, seed, 1500, restarts=4) for shape in SHAPES for seed in (11, 12, 13)]
 
 
@@ -62,10 +73,9 @@ class MemoryTarget:
 
 
 @pytest.fixture
-def oracle() -> Iterator[QdrantClient]:
-    client = QdrantClient(":memory:")
-    yield client
-    client.close()
+def oracle() -> QdrantClient:
+    """Not closed: the quick runs are compared once more after all have ended."""
+    return QdrantClient(":memory:")
 
 
 _names = (f"diff-{number}" for number in itertools.count())
@@ -111,25 +121,70 @@ def settled(client: QdrantClient, name: str) -> bool:
     return client.get_collection(name).status == m.CollectionStatus.GREEN
 
 
-def run_on_server(run: Run, make_server: MakeServer, oracle: QdrantClient) -> None:
+def check_settled(execution: Execution, run: Run) -> None:
+    """Wait until nothing is left to seal, merge or index, and compare again: contents and reads."""
+    client = execution.target.client
+    wait_until(lambda: settled(client, execution.name), within_s=60, what="status green")
+    execution.check_contents(run.steps)
+    execution.reads(plan_reads(run))
+    if SHAPES[run.shape].indexed:
+        assert client.get_collection(execution.name).indexed_vectors_count, "no index was built"
+        assert execution.recall.wanted > 20
+    print(f"approximate searches: {execution.recall}")
+    assert execution.recall.ratio >= RECALL_MIN, f"recall {execution.recall} in run {run}"
+
+
+def run_on_own_server(run: Run, make_server: MakeServer, oracle: QdrantClient) -> None:
     target = ServerTarget(make_server(seal_bytes=SEAL_BYTES))
     try:
         execution = execute(run, target, oracle)
-        wait_until(lambda: settled(target.client, execution.name), within_s=60, what="status green")
-        execution.check_contents(run.steps)
+        check_settled(execution, run)
         target.restart(kill=False)
         execution.check_contents(run.steps)
-        print(f"recall of approximate searches: {execution.recall}")
-        assert execution.recall.ratio >= RECALL_MIN, f"recall {execution.recall} in run {run}"
     finally:
         target.client.close()
 
 
-@pytest.mark.parametrize("run", [*QUICK, *QUICK_RESTARTS], ids=str)
+@pytest.fixture(scope="module")
+def shared_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerTarget]:
+    """One server for the quick runs: starting one costs more than such a run."""
+    folder = tmp_path_factory.mktemp("differential") / "data"
+    server = Server(folder, settings={"seal_bytes": SEAL_BYTES}).start()
+    target = ServerTarget(server)
+    yield target
+    target.client.close()
+    server.kill9()
+
+
+@pytest.fixture(scope="module")
+def done() -> list[Execution]:
+    """The quick runs that have ended well."""
+    return []
+
+
+@pytest.mark.parametrize("run", QUICK, ids=str)
 def test_server_answers_like_the_oracle(
-    run: Run, make_server: MakeServer, oracle: QdrantClient
+    run: Run, shared_target: ServerTarget, done: list[Execution], oracle: QdrantClient
 ) -> None:
-    run_on_server(run, make_server, oracle)
+    execution = execute(run, shared_target, oracle)
+    check_settled(execution, run)
+    done.append(execution)
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["kill-9", "SIGTERM"])
+def test_everything_is_there_after_a_restart(
+    kill: bool, shared_target: ServerTarget, done: list[Execution]
+) -> None:
+    """The collections of all quick runs above, in one data directory."""
+    shared_target.restart(kill=kill)
+    for execution in done:
+        execution.check_contents(0)
+        execution.reads(plan_reads(Run(execution.shape, seed=7, steps=0)))
+
+
+@pytest.mark.parametrize("run", QUICK_RESTARTS, ids=str)
+def test_restarts_in_the_middle(run: Run, make_server: MakeServer, oracle: QdrantClient) -> None:
+    run_on_own_server(run, make_server, oracle)
 
 
 @pytest.mark.slow
@@ -137,12 +192,12 @@ def test_server_answers_like_the_oracle(
 def test_server_answers_like_the_oracle_for_long(
     run: Run, make_server: MakeServer, oracle: QdrantClient
 ) -> None:
-    run_on_server(run, make_server, oracle)
+    run_on_own_server(run, make_server, oracle)
 
 
 @pytest.mark.skipif("SHOAL_DIFF_RUN" not in os.environ, reason="SHOAL_DIFF_RUN names the run")
 def test_replay(make_server: MakeServer, oracle: QdrantClient) -> None:
-    run_on_server(Run.parse(os.environ["SHOAL_DIFF_RUN"]), make_server, oracle)
+    run_on_own_server(Run.parse(os.environ["SHOAL_DIFF_RUN"]), make_server, oracle)
 
 
 # -- the tests of the test ------------------------------------------------------------------------
@@ -178,8 +233,8 @@ class LosesDeletes(MemoryTarget):
 
 
 def test_a_planted_bug_is_found_and_shrunk(oracle: QdrantClient) -> None:
-    run = Run("cosine", seed=5, steps=300)
-    with pytest.raises(AssertionError, match="replay: SHOAL_DIFF_RUN=cosine:5:300:0"):
+    run = Run("cosine", seed=30, steps=20)
+    with pytest.raises(AssertionError, match=r"replay: SHOAL_DIFF_RUN=cosine:30:20:0"):
         execute(run, LosesDeletes(), oracle)
 
     def fails(events: Sequence[Event]) -> bool:

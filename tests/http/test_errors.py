@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import uuid
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
@@ -224,6 +226,18 @@ def test_root_and_health(http: httpx.Client) -> None:
     assert http.head("/healthz").status_code in (200, 405)
 
 
+def test_clients_greet_it_without_a_warning(server: Server) -> None:
+    """A client asks for the version from a thread when it is made, and warns of a mismatch."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = set(threading.enumerate())
+        client = server.client(check_compatibility=True)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(30)
+        client.close()
+    assert [str(warning.message) for warning in caught] == []
+
+
 def test_deleting_a_missing_collection_is_no_error(http: httpx.Client) -> None:
     answer = http.delete("/collections/nowhere")
     assert answer.status_code == 200
@@ -285,7 +299,8 @@ def test_api_keys(make_server: MakeServer) -> None:
         assert http.get("/collections/c", headers=read).status_code == 200
         for path in ("/healthz", "/livez", "/readyz"):
             assert http.get(path).status_code == 200, "a probe has no key"
-    with_key = server.client(api_key="read-secret", check_compatibility=False)
+    with pytest.warns(UserWarning, match="insecure connection"):
+        with_key = server.client(api_key="read-secret")
     assert with_key.count("c").count == 1
     with_key.close()
     assert "secret" not in server.log()
