@@ -92,6 +92,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: http.client.HTTPConnection | None = None
         self.port = 0
+        self.peak_bytes = 0  # the most seen by `settle`, with children
 
     def __enter__(self) -> Self:
         try:
@@ -199,6 +200,7 @@ class Server:
         calm = 0
         while time.monotonic() - began < SETTLE_S_MAX:
             info = self.call("GET", f"/collections/{name}")
+            self.peak_bytes = max(self.peak_bytes, self.memory_bytes()["rss"])
             calm = calm + 1 if info["status"] == "green" else 0
             if calm == 4:  # a seal may follow a merge: green must last
                 return time.monotonic() - began

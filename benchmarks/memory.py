@@ -1,9 +1,11 @@
 """Claims: 1M x 128 with HNSW takes at most 1.4 x raw + 200 MB resident, and is ready 3 s after a restart.
 
 Points without payload, loaded in columnar batches. Resident memory is VmRSS of the server and its
-children, mapped pages counted, read after loading has settled, and again after a restart and 5,000
-random searches (which map in what a search needs). Ready: from starting the process until /readyz
-answers, checksums verified as by default; the page cache is warm. Raw is 4 bytes x 128 x points.
+children, mapped pages counted, after loading has settled, and again after a restart; what the claim is
+about is read after 5,000 random searches, which map in what searches need. While an index is built, its
+builder holds a copy of the vectors besides: the highest total is in the notes. Ready: from starting
+the process until /readyz answers, checksums verified as by default; the page cache is warm. Raw is 4
+bytes x 128 x points.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ def main() -> None:
         loaded_s = load_points(server, NAME, vectors, batch=8_192)
         del vectors
         settled_s = server.settle(NAME)
-        after_load = note("loaded and settled", server)
+        note("loaded and settled", server)
         info = server.call("GET", f"/collections/{NAME}")
         drive(server.port, requests, count=searches)
-        note("after searches", server)
+        after_load = note("after searches", server)
         building = server.cpu_seconds(children=True) - server.cpu_seconds()
         ready = []
         for _ in range(restarts):
@@ -71,7 +73,7 @@ def main() -> None:
         disk = server.disk_bytes()
 
     goal = 1.4 * raw + 200 * MB
-    report.claim("resident after loading", after_load / MB, "<=", round(goal / MB), "MB")
+    report.claim("resident after loading, warm", after_load / MB, "<=", round(goal / MB), "MB")
     report.claim("resident after restart, warm", after_restart / MB, "<=", round(goal / MB), "MB")
     report.claim("ready after restart", mid(ready), "<=", 3, "s")
     report.raw["ready_s"] = ready
@@ -81,6 +83,7 @@ def main() -> None:
         f"{info['segments_count']} segments, {info['indexed_vectors_count']:,} vectors indexed",
         f"loaded in {loaded_s:,.0f} s, settled {settled_s:,.0f} s later; "
         f"{building:,.0f} CPU s of index builders",
+        f"at most {server.peak_bytes / MB:,.0f} MB together with index builders while settling",
         f"ready after {spread(ready, 2)} s over {restarts} restarts",
     ]
     report.write()
