@@ -51,7 +51,9 @@ def test_documents(store: Any) -> None:
 def test_retriever(store: Any) -> None:
     package = pytest.importorskip("haystack_integrations.components.retrievers.qdrant")
     retriever = package.QdrantEmbeddingRetriever(document_store=store, top_k=2)
-    found = retriever.run(query_embedding=embed("a bank and a million in cash"))["documents"]
+    found = retriever.run(query_embedding=embed("who stole a million in cash from the bank?"))[
+        "documents"
+    ]
     assert found[0].content.startswith("Robbers")
     assert len(found) == 2
 

@@ -52,7 +52,7 @@ def store(client: QdrantClient, collection: str, embeddings: Any, documents: Any
 
 
 def test_search(store: Any) -> None:
-    found = store.similarity_search("a bank and a million in cash", k=2)
+    found = store.similarity_search("who stole a million in cash from the bank?", k=2)
     assert found[0].page_content.startswith("Robbers")
     assert found[0].metadata["source"] == "news"
     (best, score), *_ = store.similarity_search_with_score("what weather tomorrow", k=1)
@@ -63,7 +63,7 @@ def test_search(store: Any) -> None:
 def test_filtered_search(store: Any) -> None:
     source = models.FieldCondition(key="metadata.source", match=models.MatchValue(value="tweet"))
     found = store.similarity_search(
-        "a bank and a million in cash", k=4, filter=models.Filter(must=[source])
+        "who stole a million in cash from the bank?", k=4, filter=models.Filter(must=[source])
     )
     assert len(found) == 2
     assert {document.metadata["source"] for document in found} == {"tweet"}

@@ -51,7 +51,9 @@ def index(store: Any, embed_model: Any) -> Any:
 
 
 def test_retrieve(index: Any) -> None:
-    found = index.as_retriever(similarity_top_k=2).retrieve("a bank and a million in cash")
+    found = index.as_retriever(similarity_top_k=2).retrieve(
+        "who stole a million in cash from the bank?"
+    )
     assert len(found) == 2
     assert found[0].node.text.startswith("Robbers")
     assert found[0].score > found[1].score

@@ -40,7 +40,7 @@ def store(server: Server, collection: str) -> Iterator[Any]:
 
 
 def test_search(store: Any) -> None:
-    question = "a bank and a million in cash"
+    question = "who stole a million in cash from the bank?"
     found = store.search(query=question, vectors=embed(question), top_k=2)
     assert found[0].id == IDS[2]
     assert found[0].payload["data"].startswith("Robbers")
