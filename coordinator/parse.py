@@ -7,8 +7,8 @@
                      prepare_points: finite, datatype, length 1 under Cosine
 
 No Python object is made per number: a vector is copied from the parser's tape into its row of the
-block. Measured (384 dimensions, three payload keys, batches of 256): about 17 µs a point, of which
-simdjson's own pass is 9.
+block. Measured (384 dimensions, three payload keys, batches of 256): 15 µs of CPU a point with the
+preparing, of which simdjson's own pass is 9.
 
 All of a request is checked before anything is written. An error names the point.
 """

@@ -26,6 +26,7 @@ import uvloop
 from pydantic import SecretStr
 
 from coordinator.app import create_app
+from coordinator.one_write import OneWriteProtocol
 from coordinator.service import Coordinator
 from encoder.service import LocalEncoder
 from index_node.builder import ProcessBuilder
@@ -171,7 +172,7 @@ def _config(app: Callable[..., object], settings: ServeSettings) -> uvicorn.Conf
     return uvicorn.Config(
         app,
         loop="none",  # ours is running
-        http="httptools",
+        http=OneWriteProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
