@@ -9,6 +9,7 @@ called, on the event loop: a hop to another thread costs more than they do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,13 @@ class StorageNode:
         if found is not None:
             await found.close()
         folder = self._folder(shard)
-        await self._lanes.files(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+        def remove() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # its collection has other shards
+                folder.parent.rmdir()
+
+        await self._lanes.files(remove)
 
     async def write(self, shard: ShardKey, op: Write) -> WriteResult:
         return await self._shard(shard).write(op)
