@@ -180,7 +180,7 @@ class Search:
 
     vector           (dim,) float32, finite; already normalised when the distance is Cosine
     ef               beam width; None = default. exact: no index.
-    score_threshold  keep score >= it (Cosine, Dot) or <= it (Euclid, Manhattan)
+    score_threshold  keep only better scores: > it (Cosine, Dot) or < it (Euclid, Manhattan)
     with_vectors     True = all, or the names wanted
     """
 

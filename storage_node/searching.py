@@ -68,7 +68,7 @@ def search(snapshot: Snapshot, query: Search) -> Hits:
         rows, scores = _search_unit(unit, query, vector.distance)
         if query.score_threshold is not None:
             limit = np.float32(query.score_threshold)
-            keep = scores >= limit if vector.distance.larger_is_better else scores <= limit
+            keep = scores > limit if vector.distance.larger_is_better else scores < limit
             rows, scores = rows[keep], scores[keep]
         if len(rows):
             found.append((number, rows, scores))

@@ -98,7 +98,7 @@ class FakeStorage:
             if query.using in row.dense and key not in query.exclude:
                 score = _score(distance, query.vector, row.dense[query.using])
                 limit = query.score_threshold
-                if limit is None or sign * score <= sign * limit:
+                if limit is None or sign * score < sign * limit:
                     ranked.append((sign * score, key, score))
         ranked = sorted(ranked)[: query.limit]
         points = _batch(here, [key for _, key, _ in ranked], query.with_payload, query.with_vectors)
