@@ -2,7 +2,7 @@
 
 Points without payload, loaded in columnar batches. Resident memory is VmRSS of the server and its
 children, mapped pages counted, after loading has settled, and again after a restart; what the claim is
-about is read after 5,000 random searches, which map in what searches need. While an index is built, its
+about is read after 5,000 random searches and some exact ones, which map in all that searches need. While an index is built, its
 builder holds a copy of the vectors besides: the highest total is in the notes. Ready: from starting
 the process until /readyz answers, checksums verified as by default; the page cache is warm. Raw is 4
 bytes x 128 x points.
@@ -52,6 +52,7 @@ def main() -> None:
         return used["rss"]
 
     requests = [search_request(NAME, q, 10) for q in queries]
+    scans = [search_request(NAME, q, 10, params={"exact": True}) for q in queries[:5]]
     with Server() as server:
         note("empty", server)
         server.create(NAME, DIM, "Euclid")
@@ -61,6 +62,7 @@ def main() -> None:
         note("loaded and settled", server)
         info = server.call("GET", f"/collections/{NAME}")
         drive(server.port, requests, count=searches)
+        drive(server.port, scans)
         after_load = note("after searches", server)
         building = server.cpu_seconds(children=True) - server.cpu_seconds()
         ready = []
@@ -69,6 +71,7 @@ def main() -> None:
             ready.append(server.start())
         note("restarted", server)
         drive(server.port, requests, count=searches)
+        drive(server.port, scans)
         after_restart = note("restarted, after searches", server)
         disk = server.disk_bytes()
 
