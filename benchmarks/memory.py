@@ -2,10 +2,10 @@
 
 Points without payload, loaded in columnar batches. Resident memory is VmRSS of the server and its
 children, mapped pages counted, after loading has settled, and again after a restart; what the claim is
-about is read after 5,000 random searches and some exact ones, which map in all that searches need. While an index is built, its
-builder holds a copy of the vectors besides: the highest total is in the notes. Ready: from starting
-the process until /readyz answers, checksums verified as by default; the page cache is warm. Raw is 4
-bytes x 128 x points.
+about is read after 5,000 random searches and some exact ones, which map in all that searches need.
+While an index is built, its builder holds a copy of the vectors besides: the highest total is in the
+notes. Ready: from starting the process until /readyz answers, checksums verified as by default; the
+page cache is warm. Raw is 4 bytes x 128 x points.
 """
 
 from __future__ import annotations
