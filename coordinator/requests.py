@@ -32,7 +32,7 @@ from shoal.api.filter import Filter, parse_filter
 from shoal.errors import BadRequest
 from shoal.ids import PointIds, parse_id
 from shoal.json_path import parse_path
-from shoal.limits import BATCH_OPERATIONS_MAX, SEARCH_LIMIT_MAX
+from shoal.limits import BATCH_OPERATIONS_MAX, HNSW_EF_MAX, SEARCH_LIMIT_MAX
 from shoal.storage_api import (
     ClearPayload,
     Delete,
@@ -201,7 +201,7 @@ def _common_params(node: Any, query: Query) -> bool:
         value = node[key]
         if key == "exact" and type(value) is bool:
             query.exact = value
-        elif key == "hnsw_ef" and type(value) is int and value >= 1:
+        elif key == "hnsw_ef" and type(value) is int and 1 <= value <= HNSW_EF_MAX:
             query.ef = value
         elif value is not None:
             return False

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from shoal.child import child_main
-from shoal.faiss_index import FlatVectors, build_graph
+from shoal.faiss_index import FlatVectors, Graph, build_graph
 from shoal.index_api import BuildJob
 from shoal.storage_api import Distance
 
@@ -20,6 +20,7 @@ def main(argument: str) -> str:
     job = BuildJob(**fields | {"distance": Distance(fields["distance"])})
     flat = FlatVectors(job.vectors, job.dim, job.count, job.distance)
     build_graph(flat.values, job.distance, job.m, job.ef_construct, job.output, job.threads)
+    Graph(job.output, flat)  # Faiss does not report a write that failed at the end of the file
     descriptor = os.open(job.output, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -10,13 +10,13 @@ squared inside Faiss and rooted here, Manhattan is L1. Everything is exact unles
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.errors import InvariantError, must
+from shoal.cpu import prepare_environment
+from shoal.errors import InvariantError, Unavailable, must
 from shoal.storage_api import Distance
 
 __all__ = [
@@ -29,23 +29,7 @@ __all__ = [
 ]
 
 
-def _choose_blas_kernels() -> None:
-    """The OpenBLAS in the wheel takes new CPUs for a 2007 one and trains 4x slower; it reads this
-    variable when it is loaded, so this must run before the import below."""
-    if "OPENBLAS_CORETYPE" in os.environ:
-        return
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return  # not Linux: the library's own choice stands
-    if "avx512f" in flags:
-        os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
-    elif "avx2" in flags:
-        os.environ["OPENBLAS_CORETYPE"] = "Haswell"
-
-
-_choose_blas_kernels()
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning waits starve a shared machine
+prepare_environment()  # before the import: both are read when the library is loaded
 
 import faiss  # noqa: E402
 
@@ -80,25 +64,35 @@ class FlatVectors:
     """A memory-mapped file of vectors: `values` (count, dim) float32, read-only, C order."""
 
     def __init__(self, path: Path, dim: int, count: int, distance: Distance) -> None:
-        header_bytes = len(flat_header(dim, count, distance))
         self.distance = distance
-        self.values: NDArray[np.float32] = np.memmap(
-            path, np.float32, "r", offset=header_bytes, shape=(count, dim)
-        ).view(np.ndarray)
+        if count == 0:  # an empty range cannot be mapped
+            self.values: NDArray[np.float32] = np.empty((0, dim), np.float32)
+            return
         # Never call add() on this: on a mapped index Faiss ends the process.
         self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         if (self._index.ntotal, self._index.d) != (count, dim):
             raise InvariantError(f"{path}: {self._index.ntotal} x {self._index.d} vectors")
+        # A view of Faiss's own mapping: a second one would count every page twice. It must not
+        # outlive this object.
+        flat = faiss.rev_swig_ptr(self._index.get_xb(), count * dim)
+        self.values = flat.reshape(count, dim)
+        self.values.flags.writeable = False
 
 
 class Graph:
-    """An HNSW graph on top of a FlatVectors. Approximate. Thread-safe for searches."""
+    """An HNSW graph on top of a FlatVectors. Approximate. Thread-safe for searches.
+
+    Unavailable: the file is not a whole index over these vectors; it can be built again.
+    """
 
     def __init__(self, path: Path, flat: FlatVectors) -> None:
         self._flat = flat  # the graph points into it: must live at least as long
-        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        try:
+            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:  # what Faiss raises for a file that is cut short or damaged
+            raise Unavailable(f"{path} cannot be read as an index: {error}") from error
         if self._index.ntotal != len(flat.values):
-            raise InvariantError(f"{path}: a graph of {self._index.ntotal} rows")
+            raise Unavailable(f"{path}: {self._index.ntotal} rows, not {len(flat.values)}")
         self._index.storage = flat._index
         self._index.own_fields = False
 

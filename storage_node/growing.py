@@ -123,9 +123,11 @@ class GrowingSegment:
 
     def _append_ids(self, ids: PointIds) -> None:
         if ids.hi is not None and ids.is_uuid is not None and self._hi is None:
-            self._hi, self._is_uuid = _Array(np.uint64), _Array(np.bool_)
-            self._hi.fill(self.row_count, 0)
-            self._is_uuid.fill(self.row_count, False)
+            # Filled before they are seen: a reader in a thread may come in between.
+            hi, is_uuid = _Array(np.uint64), _Array(np.bool_)
+            hi.fill(self.row_count, 0)
+            is_uuid.fill(self.row_count, False)
+            self._is_uuid, self._hi = is_uuid, hi
         self._lo.extend(ids.lo)
         if self._hi is not None and self._is_uuid is not None:
             if ids.hi is not None and ids.is_uuid is not None:
@@ -202,9 +204,10 @@ class GrowingSegment:
 
     def by_key(self) -> NDArray[np.intp]:
         """All rows, dead ones too, in ascending key order."""
-        if self._order is None or len(self._order) != self.row_count:
-            self._order = self.ids().order()
-        return self._order
+        order = self._order
+        if order is None or len(order) != self.row_count:
+            self._order = order = self.ids().order()
+        return order
 
     def ids(self) -> PointIds:
         n = self.row_count
@@ -225,6 +228,10 @@ class GrowingSegment:
 
     def version(self, row: int) -> int:
         return int(self._versions.view()[row])
+
+    def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        offsets: NDArray[np.int64] = self._offsets.view().astype(np.int64)
+        return offsets[rows + 1] - offsets[rows]
 
     def vectors(self, name: str, count: int) -> NDArray[np.float32]:
         return self._dense[name].view(count)
@@ -285,11 +292,23 @@ class GrowingView:
         return self.segment.version(row)
 
     def rows_with_keys(self, keys: Sequence[int]) -> NDArray[np.uint32]:
-        rows = self.segment.find(keys)
-        return np.unique(rows[(rows >= 0) & (rows < self.row_count)]).astype(np.uint32)
+        """Dead rows too: which rows live is the snapshot's business."""
+        ids, wanted = self.segment.ids().take(np.arange(self.row_count)), PointIds.from_keys(keys)
+        found = np.flatnonzero(np.isin(ids.lo, wanted.lo))
+        if ids.is_uuid is not None or wanted.is_uuid is not None:
+            exact = frozenset(keys)
+            found = np.array([row for row in found.tolist() if ids.key(row) in exact], np.int64)
+        return found.astype(np.uint32)
 
     def keys_of(self, rows: NDArray[np.integer]) -> list[int]:
         return [self.segment.key(row) for row in rows.tolist()]
+
+    def has_vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        mask = self.segment.present(name, self.row_count)
+        return None if mask is None else mask[rows]
+
+    def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.segment.payload_lengths(rows)
 
     def present_bits(self, name: str) -> NDArray[np.uint8] | None:
         mask = self.segment.present(name, self.row_count)
@@ -297,6 +316,10 @@ class GrowingView:
 
     def vectors(self, name: str) -> NDArray[np.float32]:
         return self.segment.vectors(name, self.row_count)
+
+    def vector_rows(self, name: str) -> None:
+        """None: there is a place for every row; `present_bits` says which are filled."""
+        return
 
     def graph(self, name: str) -> None:
         return None

@@ -29,7 +29,7 @@ from shoal.errors import FormatTooNew, ShardStopped
 from storage_node.faults import fault_point
 from storage_node.files import storage_errors, sync_folder
 
-__all__ = ["Group", "Log"]
+__all__ = ["LOG_FILE_BYTES_MIN", "Group", "Log"]
 
 _MAGIC = b"SHOALLOG"
 _VERSION = 1
@@ -37,6 +37,7 @@ _FILE_HEADER = struct.Struct("<8sII8sQ")
 _GROUP_HEADER = struct.Struct("<8sIIQQII")
 _CRC_FROM = 16  # the checksum covers the group from here on: everything after itself
 _LENGTH = struct.Struct("<I")
+LOG_FILE_BYTES_MIN = _FILE_HEADER.size  # of a file without entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +60,25 @@ class Log:
         self._file: int | None = None
         self._size = 0
         self._salt = b""
+        self.appended_bytes = 0  # since the last `rotate`
 
     # -- opening ----------------------------------------------------------------------------------
-    def open(self, after: int) -> Iterator[Group]:
+    def open(self, after: int, *, new: bool) -> Iterator[Group]:
         """Yield every group that holds an entry past `after`; then the log is ready to append.
 
         Cuts a torn tail. Raises ShardStopped, naming file and offset, where an acknowledged
-        group is damaged or missing.
+        group is damaged or missing. new: there may be no log yet.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
         paths = sorted(self.folder.glob("*.log"))
+        if not new and not paths:
+            raise ShardStopped(f"{self.folder} holds no log file. Restore it, or the shard.")
+        if paths and int(paths[0].stem) > after + 1:
+            raise ShardStopped(
+                f"{self.folder}: log entries {after + 1} to {int(paths[0].stem) - 1} are missing. "
+                "Restore the file that held them, or the shard, from a copy."
+            )
         expected: int | None = None
         for position, path in enumerate(paths):
             last_file = position == len(paths) - 1
@@ -165,6 +175,7 @@ class Log:
             raise
         fault_point("log.after_fsync")
         self._size += len(group)
+        self.appended_bytes += len(group)
         self.next_sequence = first + len(entries)
         return first
 
@@ -191,6 +202,7 @@ class Log:
         except BaseException:
             self._file, self._size, self._salt = previous
             raise
+        self.appended_bytes = 0
         if previous[0] is not None:
             os.close(previous[0])
 

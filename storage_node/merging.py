@@ -57,8 +57,7 @@ def write_merged(job: MergeJob) -> Merged:
     folder = job.folder / str(job.output)
     if folder.exists():
         shutil.rmtree(folder)
-    takes = [lambda r, s=s: s.take(r, True, True) for s in inputs]
-    files = write_segment(folder, job.spec, takes, source, rows)
+    files = write_segment(folder, job.spec, inputs, source, rows)
     sync_folder(folder)
     sync_folder(folder.parent)
     record = SegmentRecord(segment_id=job.output, rows=len(rows), files=files)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from shoal import telemetry
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
-from shoal.errors import AlreadyExists, NotFound
+from shoal.errors import AlreadyExists, NotFound, Unavailable
 from shoal.faiss_index import use_one_thread
 from shoal.ids import PointIds
 from shoal.index_api import IndexBuilder
@@ -35,7 +36,14 @@ from shoal.storage_api import (
 from storage_node.bitmap_cache import SHARED
 from storage_node.files import sync_folder
 from storage_node.lanes import Lanes
-from storage_node.searching import count_points, expected_floats, scroll, search, take_rows
+from storage_node.searching import (
+    count_points,
+    expected_floats,
+    is_quick,
+    scroll,
+    search,
+    take_rows,
+)
 from storage_node.shard import Shard
 
 __all__ = ["StorageNode"]
@@ -43,7 +51,6 @@ __all__ = ["StorageNode"]
 _log = telemetry.logger("storage")
 _INLINE_FLOATS_MAX = 1_500_000  # about 0.3 ms of scanning: below, a thread costs more than it gives
 _INLINE_TAKE_MAX = 500
-_INLINE_ROWS_MAX = 20_000  # under a filter that may be evaluated row by row
 
 
 class StorageNode:
@@ -59,6 +66,7 @@ class StorageNode:
         """Open the shards that the catalog knows, and delete what it does not know: a collection
         that was deleted, or one whose creation never ended."""
         use_one_thread()
+        _allow_many_files()
         self._directory.mkdir(parents=True, exist_ok=True)
         wanted = {str(self._folder(spec.key).relative_to(self._directory)) for spec in specs}
         for collection in self._directory.iterdir():
@@ -101,6 +109,10 @@ class StorageNode:
         for parent in (folder.parent, self._directory):
             sync_folder(parent)
         await self._open(spec)
+        shard = self._shards[spec.key]
+        if shard.stopped is not None:  # the disk is full, most likely: leave nothing half made
+            await self.drop_shard(spec.key)
+            raise shard.stop_error or Unavailable(shard.stopped)
 
     async def drop_shard(self, shard: ShardKey) -> None:
         """Gone when it returns; reads under way finish on their maps. Unknown: nothing to do."""
@@ -110,7 +122,8 @@ class StorageNode:
         folder = self._folder(shard)
 
         def remove() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(folder)
             with contextlib.suppress(OSError):  # its collection has other shards
                 folder.parent.rmdir()
 
@@ -121,14 +134,14 @@ class StorageNode:
 
     async def search(self, shard: ShardKey, query: Search) -> Hits:
         snapshot = self._shard(shard).state.snapshot()
-        if expected_floats(snapshot, query) <= _INLINE_FLOATS_MAX:
+        few = expected_floats(snapshot, query) <= _INLINE_FLOATS_MAX
+        if few and is_quick(snapshot, query.filter):
             return search(snapshot, query)
         return await self._lanes.search(search, snapshot, query)
 
     async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch:
         snapshot = self._shard(shard).state.snapshot()
-        rows = sum(unit.row_count for unit in snapshot.units)
-        if query.limit <= 100 and (query.filter is None or rows <= _INLINE_ROWS_MAX):
+        if query.limit <= 100 and is_quick(snapshot, query.filter):
             return scroll(snapshot, query)
         return await self._lanes.search(scroll, snapshot, query)
 
@@ -156,3 +169,12 @@ class StorageNode:
         if found is None:
             raise NotFound(f"shard {shard.shard} of collection {shard.collection_id} is not here")
         return found.info()
+
+
+def _allow_many_files() -> None:
+    """A mapped segment holds four descriptors, and the usual soft limit is 1,024: take the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 1 << 20)
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower bound of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -14,11 +14,12 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.api.filter import Filter
+from shoal.api.filter import FieldCondition, Filter, MatchAny, MatchExcept, MatchValue
 from shoal.batch import PointBatch, pack_bits, unpack_bits
 from shoal.errors import must
 from shoal.faiss_index import Graph, distances
 from shoal.ids import PointIds
+from shoal.payload import parse_path
 from shoal.storage_api import Distance, Hits, Scroll, Search, ShardSpec
 from storage_node.filtering import allowed as filter_allowed
 from storage_node.growing import GrowingView
@@ -30,6 +31,7 @@ __all__ = [
     "SnapshotUnit",
     "count_points",
     "expected_floats",
+    "is_quick",
     "matching_ids",
     "scroll",
     "search",
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 _SCROLL_WINDOW_ROWS = 8192
+_QUICK_FILTER_ROWS_MAX = 2_000
+_COLUMN_FILTER_ROWS_MAX = 200_000
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 Bits = NDArray[np.uint8]
 
 
@@ -107,11 +112,26 @@ def _search_unit(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Up to `limit` best rows of one segment, best first, with their scores."""
     bits = _allowed_bits(unit, query.filter, query.exclude, query.using)
-    allowed = unit.row_count if bits is None else int(np.bitwise_count(bits).sum(dtype=np.int64))
     vectors = unit.rows.vectors(query.using)[: unit.row_count]
+    of_row = unit.rows.vector_rows(query.using)
+    if of_row is not None and bits is not None:  # from here on, count vectors and not rows
+        bits = pack_bits(unpack_bits(bits, unit.row_count)[of_row])
+    found, scores = _search_vectors(unit, query, distance, vectors, bits)
+    return (found if of_row is None else of_row[found]), scores
+
+
+def _search_vectors(
+    unit: SnapshotUnit,
+    query: Search,
+    distance: Distance,
+    vectors: NDArray[np.float32],
+    bits: Bits | None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    count = len(vectors)
+    allowed = count if bits is None else int(np.bitwise_count(bits).sum(dtype=np.int64))
     graph = unit.rows.graph(query.using)
     strategy, ef = plan_search(
-        rows=unit.row_count,
+        rows=count,
         allowed=allowed,
         dim=vectors.shape[1],
         has_graph=graph is not None,
@@ -126,7 +146,7 @@ def _search_unit(
         if found is not None:
             return found
         strategy = Strategy.SCAN_ALLOWED if bits is not None else Strategy.SCAN_ALL
-    return _scan(unit, query, distance, vectors, bits, strategy)
+    return _scan(query, distance, vectors, bits, strategy)
 
 
 def _search_graph(
@@ -143,7 +163,6 @@ def _search_graph(
 
 
 def _scan(
-    unit: SnapshotUnit,
     query: Search,
     distance: Distance,
     vectors: NDArray[np.float32],
@@ -151,14 +170,17 @@ def _scan(
     strategy: Strategy,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     if strategy is Strategy.SCAN_ALLOWED and bits is not None:
-        rows = np.flatnonzero(unpack_bits(bits, unit.row_count))
+        rows = np.flatnonzero(unpack_bits(bits, len(vectors)))
         scores = distances(query.vector, vectors, distance, rows)
     else:
         scores = distances(query.vector, vectors, distance)
         rows = np.arange(len(scores))
         if bits is not None:
-            mask = unpack_bits(bits, unit.row_count)
+            mask = unpack_bits(bits, len(vectors))
             rows, scores = rows[mask], scores[mask]
+    if not np.isfinite(scores).all():  # products of large finite numbers: worst, but still results
+        worst = -_FLOAT32_MAX if distance.larger_is_better else _FLOAT32_MAX
+        scores = np.nan_to_num(scores, nan=worst)
     towards = -scores if distance.larger_is_better else scores
     if len(rows) > query.limit:
         # Ties with the last place are kept: the caller lets the smallest ids of them win.
@@ -232,7 +254,7 @@ def scroll(snapshot: Snapshot, query: Scroll) -> PointBatch:
         rows = unit.rows.ordered_rows(query.start)
         taken = 0
         for start in range(0, len(rows), _SCROLL_WINDOW_ROWS):
-            window = rows[start : start + _SCROLL_WINDOW_ROWS]
+            window = np.asarray(rows[start : start + _SCROLL_WINDOW_ROWS], np.int64)
             if mask is not None:
                 window = window[mask[window]]
             window = window[: query.limit - taken]
@@ -272,13 +294,38 @@ def take_rows(
 
 
 def expected_floats(snapshot: Snapshot, query: Search) -> int:
-    """A rough cost: floats read by exact scans, and rows under a filter. Decides which thread runs it."""
+    """A rough cost, in floats read. Decides which thread runs the search."""
     total = 0
+    dim = len(query.vector)
     for unit in snapshot.units:
         if query.exact or unit.rows.graph(query.using) is None:
-            total += unit.row_count * len(query.vector)
-        elif query.filter is not None:
-            total += min(unit.row_count * len(query.vector) // 8, 4_000_000)
-        if query.filter is not None:
-            total += unit.row_count * 8
+            total += unit.row_count * dim
+        else:  # a beam of `ef` looks at some 30 neighbours of each step
+            total += max(query.ef or 0, query.limit, 64) * 30 * dim
     return total
+
+
+def is_quick(snapshot: Snapshot, filter: Filter | None) -> bool:
+    """Whether the filter is sure to cost little: no rows are read, or few, and nobody holds the
+    columns of the growing segment."""
+    if filter is None:
+        return True
+    if any(unit.lock is not None and unit.lock.locked() for unit in snapshot.units):
+        return False
+    rows = sum(unit.row_count for unit in snapshot.units)
+    return rows <= _QUICK_FILTER_ROWS_MAX or (
+        rows <= _COLUMN_FILTER_ROWS_MAX and _by_columns(filter)
+    )
+
+
+def _by_columns(filter: Filter) -> bool:
+    """Only conditions that columns answer without looking at text."""
+    for condition in (*(filter.must or ()), *(filter.must_not or ()), *(filter.should or ())):
+        if not isinstance(condition, FieldCondition) or parse_path(condition.key).plain is None:
+            return False
+        match = condition.match
+        if match is not None and not isinstance(match, MatchValue | MatchAny | MatchExcept):
+            return False
+        if condition.geo_polygon is not None or condition.geo_radius is not None:
+            return False
+    return filter.min_should is None

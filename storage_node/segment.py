@@ -5,7 +5,8 @@
                      which rows have which vector
       columns.arr    payload columns, for filters
       payload.bin    JSON objects end to end
-      vectors.{i}    the i-th dense vector: Faiss flat header, then (rows, dim) float32
+      vectors.{i}    the i-th dense vector of the rows that have it: Faiss flat header, then (m, dim)
+                     float32. Rows without it are left out: as zeros they would ruin a graph
       index.{i}      an HNSW graph over vectors.{i}, without the vectors; comes later
       tombstones.{n} packed bitmap of the rows that were dead at checkpoint n; the newest counts
 
@@ -16,10 +17,10 @@ vectors are a user's text, so files carry their number; rows.arr holds the names
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,20 @@ from storage_node.manifest import SegmentRecord
 __all__ = ["SealedSegment", "concat", "write_segment"]
 
 _CHUNK_ROWS = 4096  # rows that a seal or merge holds in memory at once
-Take = Callable[[NDArray[np.int64]], PointBatch]
+_CHUNK_PAYLOAD_BYTES = 64 << 20  # … unless their payloads are larger than this
+
+
+class Source(Protocol):
+    """A segment whose rows are written anew: growing or sealed."""
+
+    def take(
+        self, rows: NDArray[np.int64], payload: bool, vectors: bool | tuple[str, ...]
+    ) -> PointBatch: ...
+    def has_vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """(n,) bool for the given rows; None = all have it."""
+        ...
+
+    def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
 class SealedSegment:
@@ -58,14 +72,20 @@ class SealedSegment:
         self._offsets: NDArray[np.uint64] = self._arrays["payload_offsets"]
         self._names: list[str] = meta["vectors"]
         self._flat: dict[str, FlatVectors] = {}
+        self._vector_rows: dict[str, NDArray[np.int64]] = {}  # of vectors that some rows lack
         for name, vector in spec.dense.items():
-            if not vector.multi:
-                path = folder / f"vectors.{self._names.index(name)}"
-                self._flat[name] = FlatVectors(path, vector.dim, record.rows, vector.distance)
+            if vector.multi:
+                continue
+            bits = self.present_bits(name)
+            if bits is not None:
+                self._vector_rows[name] = np.flatnonzero(unpack_bits(bits, record.rows))
+            count = self.vector_count(name)
+            path = self.vectors_file(name)
+            self._flat[name] = FlatVectors(path, vector.dim, count, vector.distance)
         self._graphs: dict[str, Graph] = {}
         self.live = self._read_tombstones()
-        self.checkpoint_live = self.live.copy()
         self.dead_count = self.row_count - _popcount(self.live)
+        self.set_checkpoint(self.live.copy())
 
     def _read_tombstones(self) -> NDArray[np.uint8]:
         if self.record.tombstones is None:
@@ -74,12 +94,20 @@ class SealedSegment:
         dead = np.frombuffer(raw, np.uint8)
         return pack_bits(~unpack_bits(dead, self.row_count))
 
+    def set_checkpoint(self, live: NDArray[np.uint8]) -> None:
+        self.checkpoint_live = live
+        self.checkpoint_dead = self.row_count - _popcount(live)
+
     def open_graph(self, name: str) -> Graph:
         """Map the index of a vector. Raises if it is not there or does not fit."""
         return Graph(self.folder / self.index_file(name), self._flat[name])
 
     def set_graph(self, name: str, graph: Graph) -> None:
         self._graphs[name] = graph
+
+    def drop_graph(self, file: str) -> None:
+        """Searches under way keep it; later ones scan."""
+        self._graphs.pop(self._names[int(file.removeprefix("index."))], None)
 
     def vectors_file(self, name: str) -> Path:
         return self.folder / f"vectors.{self._names.index(name)}"
@@ -90,6 +118,14 @@ class SealedSegment:
     # -- ids --------------------------------------------------------------------------------------
     def find(self, ids: PointIds) -> NDArray[np.int64]:
         """Live row of each id, -1 = none."""
+        rows = self._rank(ids)
+        found = np.flatnonzero(rows >= 0)
+        if len(found):
+            rows[found[~_test_bits(self.live, rows[found])]] = -1
+        return rows
+
+    def _rank(self, ids: PointIds) -> NDArray[np.int64]:
+        """Row of each id, dead or alive, -1 = none."""
         rows = np.full(len(ids), -1, np.int64)
         if ids.is_uuid is None or ids.hi is None:
             _bisect(self._ints, ids.lo, rows, slice(None), 0)
@@ -97,15 +133,11 @@ class SealedSegment:
             flags = ids.is_uuid
             _bisect(self._ints, ids.lo[~flags], rows, ~flags, 0)
             _bisect(self._uuids, _uuid_bytes(ids, flags), rows, flags, len(self._ints))
-        found = np.flatnonzero(rows >= 0)
-        if len(found):
-            hits = rows[found]
-            alive = (self.live[hits >> 3] >> (hits & 7).astype(np.uint8)) & 1
-            rows[found[alive == 0]] = -1
         return rows
 
     def rows_with_keys(self, keys: Sequence[int]) -> NDArray[np.uint32]:
-        rows = self.find(PointIds.from_keys(keys))
+        """Dead rows too: which rows live is the snapshot's business."""
+        rows = self._rank(PointIds.from_keys(keys))
         return np.unique(rows[rows >= 0]).astype(np.uint32)
 
     def keys_of(self, rows: NDArray[np.integer]) -> list[int]:
@@ -131,7 +163,7 @@ class SealedSegment:
         lo[~flags], lo[flags], hi[flags] = self._ints[rows[~flags]], pairs[:, 1], pairs[:, 0]
         return PointIds(lo, hi, flags)
 
-    def ordered_rows(self, start: int | None) -> NDArray[np.int64]:
+    def ordered_rows(self, start: int | None) -> range:
         """Rows with key >= start, ascending by key; dead rows included."""
         if start is None:
             first = 0
@@ -140,7 +172,7 @@ class SealedSegment:
         else:
             raw = np.array([(start ^ UUID_BIT).to_bytes(16, "big")], "S16")
             first = len(self._ints) + int(np.searchsorted(self._uuids, raw)[0])
-        return np.arange(first, self.row_count, dtype=np.int64)
+        return range(first, self.row_count)
 
     def kill(self, rows: NDArray[np.int64]) -> None:
         """Mark live rows dead; rows do not repeat."""
@@ -161,8 +193,24 @@ class SealedSegment:
             raise KeyError(name)
         return self._arrays.get(f"present.{number}")
 
+    def has_vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        bits = self.present_bits(name)
+        return None if bits is None else _test_bits(bits, rows)
+
+    def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return (self._offsets[rows + 1] - self._offsets[rows]).astype(np.int64)
+
     def vectors(self, name: str) -> NDArray[np.float32]:
+        """(m, dim) float32: of the rows `vector_rows` names."""
         return self._flat[name].values
+
+    def vector_rows(self, name: str) -> NDArray[np.int64] | None:
+        """(m,) ascending: the row of each vector; None = every row has one."""
+        return self._vector_rows.get(name)
+
+    def vector_count(self, name: str) -> int:
+        rows = self._vector_rows.get(name)
+        return self.row_count if rows is None else len(rows)
 
     def graph(self, name: str) -> Graph | None:
         return self._graphs.get(name)
@@ -178,19 +226,36 @@ class SealedSegment:
         if not vectors:
             return out
         for name in self._names if isinstance(vectors, bool) else vectors:
-            bits = self.present_bits(name)
-            present = None if bits is None else unpack_bits(bits, self.row_count)
+            present = self.has_vector(name, rows)
             if name in self._flat:
-                out.dense[name] = DenseBlock(self._flat[name].values, present).take(rows)
+                out.dense[name] = DenseBlock(self._dense_of(name, rows, present), present)
                 continue
             number = self._names.index(name)
             indptr, values = self._arrays[f"indptr.{number}"], self._arrays[f"values.{number}"]
             if name in self.spec.sparse:
                 indices = self._arrays[f"indices.{number}"]
-                out.sparse[name] = SparseBlock(indptr, indices, values, present).take(rows)
+                out.sparse[name] = SparseBlock(indptr, indices, values).take(rows)
+                out.sparse[name].present = present
             else:
-                out.multi[name] = MultiBlock(indptr, values, present).take(rows)
+                out.multi[name] = MultiBlock(indptr, values).take(rows)
+                out.multi[name].present = present
         return out
+
+    def _dense_of(
+        self, name: str, rows: NDArray[np.int64], present: NDArray[np.bool_] | None
+    ) -> NDArray[np.float32]:
+        """(n, dim) float32; zeros for rows without the vector."""
+        values = self._flat[name].values
+        if present is None:
+            return values[rows]
+        out = np.zeros((len(rows), values.shape[1]), np.float32)
+        out[present] = values[np.searchsorted(self._vector_rows[name], rows[present])]
+        return out
+
+
+def _test_bits(bits: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = ((bits[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1).view(np.bool_)
+    return found
 
 
 def _bisect(
@@ -231,46 +296,51 @@ class _Collected:
     uuids: list[bytes] = field(default_factory=list)
     versions: list[NDArray[np.uint64]] = field(default_factory=list)
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
-    present: dict[str, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    present: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # only if some lack it
     ragged: dict[str, list[SparseBlock | MultiBlock]] = field(default_factory=dict)
 
 
 def write_segment(
     folder: Path,
     spec: ShardSpec,
-    takes: Sequence[Take],
+    sources: Sequence[Source],
     source: NDArray[np.integer],
     rows: NDArray[np.int64],
 ) -> dict[str, FileSum]:
     """Write the files of a segment; each is fsynced, the folder is not.
 
-    takes   one function per source: rows -> PointBatch with payload, versions and all vectors
-    source  (n,) which source output row r comes from
+    source  (n,) which of `sources` output row r comes from
     rows    (n,) and which row of it. Output order must be ascending by id.
-    Memory: _CHUNK_ROWS rows at a time, plus ids, offsets, sparse and multivectors.
+    Memory: a chunk of rows at a time, plus ids, offsets, sparse and multivectors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = len(rows)
     names = [*spec.dense, *spec.sparse]
-    flat = [name for name in spec.dense if not spec.dense[name].multi]
-    collected = _Collected(
-        present={name: [] for name in names},
-        ragged={name: [] for name in names if name not in flat},
-    )
+    flat = {f"vectors.{names.index(n)}": n for n, v in spec.dense.items() if not v.multi}
+    collected = _Collected(ragged={name: [] for name in names if name not in flat.values()})
+    for name in names:
+        parts = [s.has_vector(name, rows[source == i]) for i, s in enumerate(sources)]
+        if any(part is not None for part in parts):
+            present = np.ones(count, np.bool_)
+            for i, part in enumerate(parts):
+                if part is not None:
+                    present[source == i] = part
+            collected.present[name] = present
     writers = {"payload.bin": FileWriter(folder / "payload.bin")}
     try:
-        for name in flat:
-            file = f"vectors.{names.index(name)}"
+        for file, name in flat.items():
             writers[file] = FileWriter(folder / file)
-            vector = spec.dense[name]
-            writers[file].write(flat_header(vector.dim, count, vector.distance))
-        for start in range(0, count, _CHUNK_ROWS):
-            end = min(start + _CHUNK_ROWS, count)
-            chunk = _gather(takes, source[start:end], rows[start:end])
-            _collect(collected, chunk, names)
+            vector, having = spec.dense[name], collected.present.get(name)
+            total = count if having is None else int(np.count_nonzero(having))
+            writers[file].write(flat_header(vector.dim, total, vector.distance))
+        for start, end in _chunks(sources, source, rows):
+            chunk = _gather(sources, source[start:end], rows[start:end])
+            _collect(collected, chunk)
             writers["payload.bin"].write(chunk.payload)
-            for name in flat:
-                writers[f"vectors.{names.index(name)}"].write(chunk.dense[name].values)
+            for file, name in flat.items():
+                block = chunk.dense[name]
+                here = block.values if block.present is None else block.values[block.present]
+                writers[file].write(here)
         files = {file: writer.close() for file, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -285,7 +355,24 @@ def write_segment(
     return files
 
 
-def _collect(into: _Collected, chunk: PointBatch, names: Sequence[str]) -> None:
+def _chunks(
+    sources: Sequence[Source], source: NDArray[np.integer], rows: NDArray[np.int64]
+) -> Iterator[tuple[int, int]]:
+    """Ranges of output rows, each small in rows and in payload bytes."""
+    lengths = np.empty(len(rows), np.int64)
+    for i, part in enumerate(sources):
+        here = source == i
+        lengths[here] = part.payload_lengths(rows[here])
+    ends = np.cumsum(lengths)
+    start, before = 0, 0
+    while start < len(rows):
+        full = int(np.searchsorted(ends, before + _CHUNK_PAYLOAD_BYTES, "right"))
+        end = min(max(full, start + 1), start + _CHUNK_ROWS, len(rows))
+        yield start, end
+        start, before = end, int(ends[end - 1])
+
+
+def _collect(into: _Collected, chunk: PointBatch) -> None:
     ids = chunk.ids
     if ids.is_uuid is None:
         into.lo.append(ids.lo)
@@ -297,14 +384,8 @@ def _collect(into: _Collected, chunk: PointBatch, names: Sequence[str]) -> None:
     assert chunk.payload_offsets is not None
     into.versions.append(chunk.versions)
     into.lengths.append(_lengths(chunk.payload_offsets))
-    for name in names:
-        block = chunk.dense.get(name) or chunk.sparse.get(name) or chunk.multi.get(name)
-        must(block is not None, f"a chunk lacks vector {name!r}")
-        assert block is not None
-        everywhere = np.ones(len(ids), np.bool_)
-        into.present[name].append(everywhere if block.present is None else block.present)
-        if not isinstance(block, DenseBlock):
-            into.ragged[name].append(block)
+    for name, blocks in into.ragged.items():
+        blocks.append(chunk.sparse[name] if name in chunk.sparse else chunk.multi[name])
 
 
 def _rows_arrays(
@@ -323,8 +404,8 @@ def _rows_arrays(
     ordered = len(arrays["ints"]) < 2 or bool((arrays["ints"][1:] > arrays["ints"][:-1]).all())
     must(ordered and len(arrays["ints"]) + len(uuids) == count, "ids of a segment must ascend")
     for number, name in enumerate(names):
-        present = _joined(collected.present[name], np.bool_)
-        if not present.all():
+        present = collected.present.get(name)
+        if present is not None and not present.all():
             arrays[f"present.{number}"] = pack_bits(present)
         if name not in collected.ragged:
             continue
@@ -353,15 +434,15 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def _gather(
-    takes: Sequence[Take], source: NDArray[np.integer], rows: NDArray[np.int64]
+    sources: Sequence[Source], source: NDArray[np.integer], rows: NDArray[np.int64]
 ) -> PointBatch:
-    if len(takes) == 1:
-        return takes[0](rows)
+    if len(sources) == 1:
+        return sources[0].take(rows, True, True)
     parts, order = [], []
-    for number, take in enumerate(takes):
+    for number, part in enumerate(sources):
         here = np.flatnonzero(source == number)
         if len(here):
-            parts.append(take(rows[here]))
+            parts.append(part.take(rows[here], True, True))
             order.append(here)
     if len(parts) == 1:
         return parts[0]

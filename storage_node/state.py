@@ -12,11 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal import limits
 from shoal.batch import PointBatch, pack_bits, unpack_bits
 from shoal.errors import must
 from shoal.ids import PointIds
@@ -44,6 +45,8 @@ from storage_node.segment import SealedSegment, concat
 __all__ = ["Checkpoint", "ShardState"]
 
 Bits = NDArray[np.uint8]
+_CHANGED_AT_ONCE = 64  # points that a change of payloads copies at once
+_ENTRY_IDS_MAX = 1_000  # points that one log entry of a change names: what the loop does at once
 
 
 @dataclass(slots=True)
@@ -125,30 +128,37 @@ class ShardState:
     # -- questions to effects ---------------------------------------------------------------------
     @staticmethod
     def asks(op: Write) -> bool:
-        """Whether `resolve` must see every earlier write applied."""
-        match op:
-            case (
-                Upsert(update_filter=None, mode=UpdateMode.UPSERT)
-                | UpdateVectors(update_filter=None)
-            ):
-                return False
-            case Upsert() | UpdateVectors():
-                return True
-            case _:
-                return op.where.filter is not None
-
-    def resolve(self, op: Write) -> Write:
-        """The same write, as an effect: no filter, no mode."""
+        """Whether `resolve` must see every earlier write applied, or makes several entries."""
         match op:
             case Upsert():
-                return self._resolve_upsert(op)
+                return op.update_filter is not None or op.mode is not UpdateMode.UPSERT
             case UpdateVectors():
-                return self._resolve_update_vectors(op)
+                return op.update_filter is not None
             case _:
-                if op.where.filter is None:
-                    return op
-                keys = matching_ids(self.snapshot(), op.where.filter)
-                return replace(op, where=Selector(ids=PointIds.from_keys(keys)))
+                return op.where.ids is None or len(op.where.ids) > _ENTRY_IDS_MAX
+
+    def resolve(self, op: Write) -> list[Write]:
+        """The same write as effects: no filter, no mode, and in parts when it changes many points."""
+        match op:
+            case Upsert():
+                return [self._resolve_upsert(op)]
+            case UpdateVectors():
+                return [self._resolve_update_vectors(op)]
+            case _:
+                ids = op.where.ids
+                if ids is None:
+                    assert op.where.filter is not None
+                    ids = PointIds.from_keys(matching_ids(self.snapshot(), op.where.filter))
+                each = op.payload if isinstance(op, SetPayload | OverwritePayload) else b""
+                return [replace(op, where=Selector(ids=part)) for part in self._parts(ids, each)]
+
+    def _parts(self, ids: PointIds, payload: bytes) -> list[PointIds]:
+        """So many ids to an entry that neither the loop nor memory is held for long."""
+        floats = sum(vector.dim for vector in self.spec.dense.values())
+        at_once = limits.LOG_GROUP_BYTES_MAX // (len(payload) + 4 * floats + 64)
+        at_once = max(1, min(at_once, _ENTRY_IDS_MAX))
+        starts = range(0, len(ids), at_once)
+        return [ids.take(np.arange(s, min(s + at_once, len(ids)))) for s in starts]
 
     def _resolve_upsert(self, op: Upsert) -> Upsert:
         if not self.asks(op):
@@ -216,9 +226,7 @@ class ShardState:
                 assert where.ids is not None
                 self._kill(where.ids, where.ids.keys())
             case UpdateVectors(points=points):
-                for part in _rounds(points):
-                    missed = self._update_vectors(part, sequence)
-                    missing = missed if missing is None else missing
+                missing = self._update_vectors(_folded(points), sequence)
             case Seal(segment=segment):
                 self._freeze(segment, sequence)
             case Merge():
@@ -243,26 +251,14 @@ class ShardState:
         sequence: int,
     ) -> int | None:
         assert entry.where.ids is not None
-        points, _, missing = self.current(_distinct(entry.where.ids))
-        if len(points) == 0:
-            return missing
-        old = [points.payload_of(row) for row in range(len(points))]
-        match entry:
-            case SetPayload():
-                points.set_payloads([merge_payload(p, entry.payload, entry.key) for p in old])
-            case OverwritePayload():
-                points.set_payloads([entry.payload] * len(old))
-            case DeletePayload():
-                points.set_payloads([delete_keys(p, entry.keys) for p in old])
-            case ClearPayload():
-                points.set_payloads([b""] * len(old))
-            case DeleteVectors():
-                for name in entry.names:
-                    for blocks in (points.dense, points.sparse, points.multi):
-                        blocks.pop(name, None)
-            case _:
-                assert_never(entry)
-        self._replace(points, sequence)
+        ids, missing = _distinct(entry.where.ids), None
+        # A few at a time: payloads may be large, and all of them at once need not fit in memory.
+        for start in range(0, len(ids), _CHANGED_AT_ONCE):
+            part = ids.take(np.arange(start, min(start + _CHANGED_AT_ONCE, len(ids))))
+            points, _, missed = self.current(part)
+            missing = missed if missing is None else missing
+            if len(points):
+                self._replace(_changed(entry, points), sequence)
         return missing
 
     def _update_vectors(self, points: PointBatch, sequence: int) -> int | None:
@@ -270,24 +266,12 @@ class ShardState:
         if len(existing) == 0:
             return missing
         update = points.take(positions)
-        count = len(existing)
-        for mine, theirs in (
-            (existing.dense, update.dense),
-            (existing.sparse, update.sparse),
-            (existing.multi, update.multi),
-        ):
-            for name, block in theirs.items():
-                new = np.ones(count, np.bool_) if block.present is None else block.present
-                pick = np.where(new, np.arange(count) + count, np.arange(count))
-                kind = (
-                    "dense"
-                    if mine is existing.dense
-                    else ("sparse" if mine is existing.sparse else "multi")
-                )
-                before, after = PointBatch(existing.ids), PointBatch(existing.ids)
-                getattr(before, kind)[name] = mine[name]
-                getattr(after, kind)[name] = block
-                mine[name] = getattr(concat([before, after]), kind)[name].take(pick)
+        for name, dense in update.dense.items():
+            existing.dense[name] = _overlaid(existing, update, "dense", name, dense.present)
+        for name, sparse in update.sparse.items():
+            existing.sparse[name] = _overlaid(existing, update, "sparse", name, sparse.present)
+        for name, multi in update.multi.items():
+            existing.multi[name] = _overlaid(existing, update, "multi", name, multi.present)
         self._replace(existing, sequence)
         return missing
 
@@ -339,7 +323,7 @@ class ShardState:
         self.frozen.pop(0)
         self._locks.pop(id(frozen), None)
         for segment in self.sealed:
-            segment.checkpoint_live = checkpoint.live_at[segment.segment_id]
+            segment.set_checkpoint(checkpoint.live_at[segment.segment_id])
         if sealed is None:
             return
         sealed.live = _pick(frozen.view().live, rows)
@@ -366,7 +350,7 @@ class ShardState:
         if output is None:
             return
         output.live = pick_merged([s.live for s in inputs], source, rows)
-        output.checkpoint_live = pick_merged([s.checkpoint_live for s in inputs], source, rows)
+        output.set_checkpoint(pick_merged([s.checkpoint_live for s in inputs], source, rows))
         output.dead_count = output.row_count - int(np.bitwise_count(output.live).sum())
         self.sealed.append(output)
 
@@ -407,16 +391,63 @@ def _last_of_each(points: PointBatch) -> PointBatch:
     return points.take(np.array(sorted(last.values()), np.int64))
 
 
-def _rounds(points: PointBatch) -> list[PointBatch]:
-    """Split so that no part names an id twice; earlier rows come in earlier parts."""
-    seen: dict[int, int] = {}
-    rounds: list[list[int]] = []
-    for row, key in enumerate(points.ids.keys()):
-        number = seen.get(key, 0)
-        seen[key] = number + 1
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append(row)
-    if len(rounds) == 1:
-        return [points]
-    return [points.take(np.array(rows, np.int64)) for rows in rounds]
+def _folded(points: PointBatch) -> PointBatch:
+    """One row per id. Of each vector the last row that has it counts."""
+    keys = points.ids.keys()
+    number: dict[int, int] = {}
+    places = np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
+    if len(number) == len(keys):
+        return points
+    out = PointBatch(PointIds.from_keys(list(number)))
+    for mine, theirs in (
+        (out.dense, points.dense),
+        (out.sparse, points.sparse),
+        (out.multi, points.multi),
+    ):
+        for name, block in theirs.items():
+            has = np.ones(len(keys), np.bool_) if block.present is None else block.present
+            rows = np.zeros(len(number), np.int64)
+            rows[places] = np.arange(len(keys))  # any row will do where none has the vector
+            rows[places[has]] = np.flatnonzero(has)  # later rows overwrite earlier ones
+            mine[name] = block.take(rows)  # type: ignore[assignment]
+    return out
+
+
+def _changed(
+    entry: SetPayload | OverwritePayload | DeletePayload | ClearPayload | DeleteVectors,
+    points: PointBatch,
+) -> PointBatch:
+    """The points as the entry leaves them; changes `points` in place."""
+    old = [points.payload_of(row) for row in range(len(points))]
+    match entry:
+        case SetPayload():
+            points.set_payloads([merge_payload(p, entry.payload, entry.key) for p in old])
+        case OverwritePayload():
+            points.set_payloads([entry.payload] * len(old))
+        case DeletePayload():
+            points.set_payloads([delete_keys(p, entry.keys) for p in old])
+        case ClearPayload():
+            points.set_payloads([b""] * len(old))
+        case DeleteVectors():
+            for name in entry.names:
+                points.dense.pop(name, None)
+                points.sparse.pop(name, None)
+                points.multi.pop(name, None)
+        case _:
+            assert_never(entry)
+    return points
+
+
+def _overlaid(
+    before: PointBatch, after: PointBatch, kind: str, name: str, new: NDArray[np.bool_] | None
+) -> Any:
+    """The block of one vector: rows of `after` where it has the vector, else of `before`."""
+    count = len(before)
+    old = np.arange(count)
+    pick = old + count if new is None else np.where(new, old + count, old)
+    parts = []
+    for points in (before, after):
+        part = PointBatch(points.ids)
+        getattr(part, kind)[name] = getattr(points, kind)[name]
+        parts.append(part)
+    return getattr(concat(parts), kind)[name].take(pick)

@@ -38,6 +38,9 @@ from shoal.errors import BadRequest, InvalidField
 from shoal.limits import (
     BATCH_OPERATIONS_MAX,
     BATCH_POINTS_MAX,
+    HNSW_EF_MAX,
+    HNSW_M_MAX,
+    HNSW_M_MIN,
     IDS_MAX,
     SCROLL_LIMIT_MAX,
     SEARCH_LIMIT_MAX,
@@ -153,7 +156,7 @@ Payload = Annotated[dict[str, JsonValue], Field(description="Any JSON object.")]
 class HnswConfig(ConfigBlock):
     """Settings of the graph index. m = 0 switches the index off."""
 
-    m: Annotated[int, Field(ge=0, le=512)] | None = None
+    m: Literal[0] | Annotated[int, Field(ge=HNSW_M_MIN, le=HNSW_M_MAX)] | None = None
     ef_construct: Annotated[int, Field(ge=4, le=10_000)] | None = None
     full_scan_threshold: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="KiB of vectors in a segment below which it is scanned exactly."
@@ -473,7 +476,7 @@ class SearchParams(Strict):
     always covers all points that match, so `quantization` and `acorn` ask for no more than what
     happens anyway, and indexed_only can only be false."""
 
-    hnsw_ef: Annotated[int, Field(ge=1)] | None = None
+    hnsw_ef: Annotated[int, Field(ge=1, le=HNSW_EF_MAX)] | None = None
     exact: bool | None = None
     indexed_only: bool | None = None
     quantization: ConfigBlock | None = None

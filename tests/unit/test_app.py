@@ -208,8 +208,10 @@ def test_reads(tmp_path: Path, shards: int) -> None:
         near = {"query": 5, "limit": 1, "with_vector": True}
         found = (await world.ask("POST", f"{C}/points/query", near))["points"]
         assert (found[0]["id"], found[0]["vector"]) == (4, [4.0, 1.0, 0.0, 0.0])
-        few = {"query": {"nearest": [1, 0, 0, 0]}, "score_threshold": 4.0}
+        few = {"query": {"nearest": [1, 0, 0, 0]}, "score_threshold": 3.5}
         assert len((await world.ask("POST", f"{C}/points/query", few))["points"]) == 2
+        few["score_threshold"] = 4.0  # only better scores
+        assert len((await world.ask("POST", f"{C}/points/query", few))["points"]) == 1
         text = {"query": {"text": "abc", "model": "lengths"}, "limit": 1}
         assert (await world.ask("POST", f"{C}/points/query", text))["points"][0]["score"] == 16.0
         none = {"limit": 2, "offset": 3, "with_payload": {"exclude": ["s"]}}

@@ -14,7 +14,7 @@ from storage_node.log import Log
 
 def opened(folder: Path, after: int = 0) -> tuple[Log, list[tuple[int, bytes]]]:
     log = Log(folder)
-    entries = [(g.first + i, e) for g in log.open(after) for i, e in enumerate(g.entries)]
+    entries = [(g.first + i, e) for g in log.open(after, new=True) for i, e in enumerate(g.entries)]
     return log, entries
 
 

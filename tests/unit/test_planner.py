@@ -8,12 +8,13 @@ from shoal import limits
 from shoal.storage_api import Distance, VectorSpec
 from storage_node.planner import (
     DEFAULT_EF,
+    Pause,
     SegmentStats,
     Strategy,
     choose_merge,
     needs_index,
     plan_search,
-    seals_when_idle,
+    seals_in_pause,
     widen,
 )
 
@@ -53,7 +54,7 @@ def test_a_selective_filter_is_scanned_exactly() -> None:
 def test_a_wide_filter_widens_the_beam() -> None:
     strategy, ef = plan(30_000)
     assert strategy is Strategy.GRAPH
-    assert ef == DEFAULT_EF * 100 // 30
+    assert ef == 2 * DEFAULT_EF * 100 // 30
     assert plan(300_000, rows=1_000_000, ef=900) == (Strategy.GRAPH, limits.BEAM_WIDTH_MAX)
 
 
@@ -82,8 +83,11 @@ def test_which_segments_get_an_index() -> None:
     assert needs_index(1, VectorSpec(384, Distance.COSINE, index_bytes_min=1))
     assert not needs_index(10**6, VectorSpec(384, Distance.COSINE, hnsw_m=0))
     assert not needs_index(10**6, VectorSpec(384, Distance.COSINE, multi=True))
-    assert seals_when_idle(10_000, [384])
-    assert not seals_when_idle(100, [384])
+    assert seals_in_pause(10_000, [384], Pause.SHORT)
+    assert not seals_in_pause(1_000, [384], Pause.SHORT)
+    assert seals_in_pause(1_000, [384], Pause.LONG)
+    assert not seals_in_pause(100_000, [384], Pause.NONE)
+    assert not seals_in_pause(100, [384], Pause.LONG)
 
 
 def stats(*live: int) -> list[SegmentStats]:
@@ -91,27 +95,28 @@ def stats(*live: int) -> list[SegmentStats]:
 
 
 def test_merges_wait_for_four_while_writes_come_in() -> None:
-    assert choose_merge(stats(10, 10, 10), idle=False) == ()
-    assert choose_merge(stats(10, 10, 10, 10), idle=False) == (0, 1, 2, 3)
-    assert choose_merge(stats(10, 10), idle=True) == (0, 1)
+    assert choose_merge(stats(10, 10, 10), Pause.NONE) == ()
+    assert choose_merge(stats(10, 10, 10, 10), Pause.NONE) == (0, 1, 2, 3)
+    assert choose_merge(stats(10, 10), Pause.SHORT) == (0, 1)
 
 
 def test_a_large_segment_is_not_rewritten_for_a_little() -> None:
-    assert choose_merge(stats(100_000, 1_000), idle=True) == ()
-    assert choose_merge(stats(100_000, 6_000), idle=True) == (0, 1)
+    assert choose_merge(stats(100_000, 1_000), Pause.SHORT) == ()
+    assert choose_merge(stats(100_000, 6_000), Pause.SHORT) == (0, 1)
+    assert choose_merge(stats(100_000, 1_500), Pause.LONG) == (0, 1)
 
 
 def test_a_merge_never_exceeds_the_largest_segment() -> None:
     most = limits.SEGMENT_ROWS_MAX
-    assert choose_merge(stats(most, most), idle=True) == ()
-    assert choose_merge(stats(most - 5, 10, 10), idle=True) == (1, 2)
+    assert choose_merge(stats(most, most), Pause.SHORT) == ()
+    assert choose_merge(stats(most - 5, 10, 10), Pause.SHORT) == (1, 2)
 
 
 def test_dead_rows_are_cleared() -> None:
     mostly_dead = [SegmentStats(0, 1_000, 400)]
-    assert choose_merge(mostly_dead, idle=False) == (0,)
-    assert choose_merge([SegmentStats(0, 1_000, 990)], idle=True) == ()
-    assert choose_merge([SegmentStats(0, 1_000, 0)], idle=True) == (0,)
+    assert choose_merge(mostly_dead, Pause.NONE) == (0,)
+    assert choose_merge([SegmentStats(0, 1_000, 990)], Pause.SHORT) == ()
+    assert choose_merge([SegmentStats(0, 1_000, 0)], Pause.SHORT) == (0,)
 
 
 def test_merging_ends_and_rewrites_each_row_a_few_times() -> None:
@@ -123,14 +128,16 @@ def test_merging_ends_and_rewrites_each_row_a_few_times() -> None:
         for _ in range(100):
             number += 1
             sizes[number] = rng.randint(5_000, 10_000)
-            chosen = choose_merge([SegmentStats(i, n, n) for i, n in sizes.items()], idle=False)
+            chosen = choose_merge([SegmentStats(i, n, n) for i, n in sizes.items()], Pause.NONE)
             if chosen:
                 number += 1
                 rewritten += sum(sizes[i] for i in chosen)
                 sizes[number] = sum(sizes.pop(i) for i in chosen)
         total = sum(sizes.values())
         assert rewritten < 8 * total, f"seed {seed}"
-        while chosen := choose_merge([SegmentStats(i, n, n) for i, n in sizes.items()], idle=True):
+        while chosen := choose_merge(
+            [SegmentStats(i, n, n) for i, n in sizes.items()], Pause.SHORT
+        ):
             number += 1
             sizes[number] = sum(sizes.pop(i) for i in chosen)
         assert len(sizes) <= 4, f"seed {seed}: {sizes}"
