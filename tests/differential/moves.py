@@ -311,13 +311,22 @@ def query(world: World) -> Call:
         [None, m.SearchParams(exact=True), m.SearchParams(exact=True), m.SearchParams(hnsw_ef=200)]
     )
     if world.chance(0.3):
-        arguments["score_threshold"] = world.rng.choice([-0.5, 0.13, 0.61, 3.3, 5.7, 21.3])
+        arguments["score_threshold"] = _threshold(world, world.shape.dense[name][1])
     vector: Any = world.floats(world.shape.dense[name][0])
     if kind < 0.3:
         vector = world.id()
     elif kind < 0.5:
         vector = m.NearestQuery(nearest=vector)
     return Call("query_points", {"query": vector, **arguments})
+
+
+def _threshold(world: World, distance: m.Distance) -> float:
+    """Sums of whole numbers are exact on both sides, so such a threshold may be hit; elsewhere one
+    that is hit would depend on the last bit of a score."""
+    fractions = [-0.5, 0.13, 0.61, 3.3, 5.7, 21.3]
+    whole = [-3.0, 0.0, 2.0, 4.0, 11.0]
+    exact = distance in (m.Distance.DOT, m.Distance.MANHATTAN)
+    return world.rng.choice(fractions + whole if exact else fractions)
 
 
 def by_tag(world: World) -> Call:

@@ -33,8 +33,6 @@ from world import SHAPES
 
 # Where the oracle differs from the contract by its own nature, why, and what is done about it here.
 DIFFERENCES = {
-    "score_threshold": "Scores are compared in float32 here and there, summed in another order: a "
-    "score may fall on either side. Thresholds here are numbers that no score hits.",
     "equal scores": "The oracle leaves their order to an unstable sort, we order them by id. "
     "compare.py accepts any order among equal scores.",
     "exactness": "The oracle always searches exactly. On the shapes called indexed, searches that "
