@@ -19,6 +19,7 @@ VECTORS_PER_POINT_MAX = 64  # named vectors of one collection
 SPARSE_NONZERO_MAX = 65_536  # of one sparse vector
 MULTIVECTOR_ROWS_MAX = 1_024  # sub-vectors of one multivector
 PAYLOAD_BYTES_MAX = 8 * MIB  # of one point
+CHANGE_BYTES_MAX = 256 * MIB  # points x payload of one set or overwrite: it is stored that often
 PAYLOAD_DEPTH_MAX = 64  # nesting of one payload: recursion in Python stays far from its limit
 FILTER_DEPTH_MAX = 32
 FILTER_CONDITIONS_MAX = 4_096  # in one filter, all levels together

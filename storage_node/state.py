@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shoal import limits
 from shoal.batch import PointBatch, pack_bits, unpack_bits
-from shoal.errors import must
+from shoal.errors import BodyTooLarge, must
 from shoal.ids import PointIds
 from shoal.payload import delete_keys, merge_payload
 from shoal.storage_api import (
@@ -150,6 +150,12 @@ class ShardState:
                     assert op.where.filter is not None
                     ids = PointIds.from_keys(matching_ids(self.snapshot(), op.where.filter))
                 each = op.payload if isinstance(op, SetPayload | OverwritePayload) else b""
+                if len(ids) * len(each) > limits.CHANGE_BYTES_MAX:
+                    raise BodyTooLarge(
+                        f"Wrong input: this payload of {len(each) >> 10} KiB would be stored in "
+                        f"{len(ids)} points, more than {limits.CHANGE_BYTES_MAX >> 20} MiB in all; "
+                        "select fewer points at once"
+                    )
                 return [replace(op, where=Selector(ids=part)) for part in self._parts(ids, each)]
 
     def _parts(self, ids: PointIds, payload: bytes) -> list[PointIds]:
