@@ -24,7 +24,7 @@ from shoal.storage_api import (
 )
 from shoal.wire import ops_pb2 as wire
 
-__all__ = ["LogEntry", "Merge", "Seal", "decode", "encode"]
+__all__ = ["LogEntry", "Merge", "Seal", "byte_size", "decode", "encode", "is_empty"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +119,40 @@ def decode(data: bytes) -> LogEntry:
 
 def _where(ids: wire.PointIds) -> Selector:
     return Selector(ids=PointIds.from_wire(ids))
+
+
+def byte_size(op: Write) -> int:
+    """About how many bytes it will take in the log."""
+    match op:
+        case Upsert(points=points) | UpdateVectors(points=points):
+            return _batch_size(points)
+        case SetPayload() | OverwritePayload():
+            return len(op.payload) + _ids_size(op.where)
+        case DeletePayload(keys=names) | DeleteVectors(names=names):
+            return sum(map(len, names)) + _ids_size(op.where)
+        case Delete() | ClearPayload():
+            return _ids_size(op.where)
+        case _:
+            assert_never(op)
+
+
+def _ids_size(where: Selector) -> int:
+    return 64 + (0 if where.ids is None else 24 * len(where.ids))
+
+
+def _batch_size(points: PointBatch) -> int:
+    size = 64 * (1 + len(points)) + len(points.payload)
+    size += sum(block.values.nbytes for block in points.dense.values())
+    size += sum(2 * block.values.nbytes for block in points.sparse.values())
+    return size + sum(block.values.nbytes for block in points.multi.values())
+
+
+def is_empty(entry: LogEntry) -> bool:
+    """Whether it names no point: then it need not be logged."""
+    match entry:
+        case Seal() | Merge():
+            return False
+        case Upsert(points=points) | UpdateVectors(points=points):
+            return len(points) == 0
+        case _:
+            return entry.where.ids is not None and len(entry.where.ids) == 0

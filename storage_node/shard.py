@@ -23,32 +23,23 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, assert_never
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal import limits, telemetry
-from shoal.batch import PointBatch, unpack_bits
+from shoal.batch import unpack_bits
 from shoal.errors import Busy, ShardStopped, ShoalError, StorageFull, Unavailable
 from shoal.index_api import BuildJob, IndexBuilder
 from shoal.settings import StorageSettings
 from shoal.storage_api import (
-    ClearPayload,
-    Delete,
-    DeletePayload,
-    DeleteVectors,
-    OverwritePayload,
-    Selector,
-    SetPayload,
     ShardInfo,
     ShardSpec,
-    UpdateVectors,
-    Upsert,
     Write,
     WriteResult,
 )
-from storage_node.entries import LogEntry, Merge, Seal, decode, encode
+from storage_node.entries import LogEntry, Merge, Seal, byte_size, encode, is_empty
 from storage_node.faults import fault_point
 from storage_node.files import (
     checked_sum,
@@ -58,10 +49,11 @@ from storage_node.files import (
     write_file,
 )
 from storage_node.lanes import Lanes
-from storage_node.log import LOG_FILE_BYTES_MIN, Log
-from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_manifest
+from storage_node.log import Log
+from storage_node.manifest import Manifest, SegmentRecord, write_manifest
 from storage_node.merging import MergeJob, encode_job, read_answer, write_merged
 from storage_node.planner import Pause, SegmentStats, choose_merge, needs_index, seals_in_pause
+from storage_node.recovery import recover
 from storage_node.segment import SealedSegment, write_segment
 from storage_node.state import Checkpoint, ShardState, pick_merged
 
@@ -123,92 +115,21 @@ class Shard:
     async def open(self) -> None:
         """Recover from disk. Damage stops this shard (`stopped` says why) and nothing else."""
         try:
-            await self._lanes.files(self._recover)
+            recovered = await self._lanes.files(
+                recover, self.folder, self.spec, self._log, self._settings.verify_on_open_bytes_max
+            )
         except Exception as error:  # a damaged file can make anything fail
             known = isinstance(error, ShoalError | OSError)
             self._stop(f"{error}" if known else f"{type(error).__name__}: {error}", error)
             return
+        self.state, self._manifest = recovered.state, recovered.manifest
+        self._unverified = recovered.unverified
         self._room.set()
         if self.state.checkpoints:
             self._seal_due.set()
         self._changed.set()
         for loop in (self._commit_loop, self._seal_loop, self._optimise_loop, self._scrub_loop):
             self._tasks.append(asyncio.create_task(self._guard(loop)))
-
-    def _recover(self) -> None:
-        segments = self.folder / "segments"
-        segments.mkdir(parents=True, exist_ok=True)
-        manifest = read_manifest(self.folder)
-        if manifest is not None:
-            self._manifest = manifest
-        elif any(segments.iterdir()) or self._log.size_on_disk() > LOG_FILE_BYTES_MIN:
-            raise ShardStopped(
-                f"{self.folder / 'MANIFEST'} is missing beside data. Nothing was changed. Restore "
-                "it, or the shard, from a copy."
-            )
-        kept = {str(record.segment_id) for record in self._manifest.segments}
-        for path in segments.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path)  # a seal or merge that a crash cut off: the log has it all
-        self.state = ShardState(
-            self.spec, self._manifest.next_segment_id, self._manifest.checkpoint
-        )
-        left = self._settings.verify_on_open_bytes_max
-        for record in self._manifest.segments:
-            segment, left = self._open_segment(record, left)
-            self.state.sealed.append(segment)
-        for group in self._log.open(self._manifest.checkpoint, new=manifest is None):
-            for position, entry in enumerate(group.entries):
-                sequence = group.first + position
-                if sequence > self.state.applied:
-                    self.state.apply(decode(entry), sequence)
-        if manifest is None:  # last: from now on a log must be there
-            write_manifest(self.folder, self._manifest)
-        alive = {segment.segment_id for segment in self.state.sealed}
-        self.state.merges = [m for m in self.state.merges if alive.issuperset(m.inputs)]
-
-    def _open_segment(self, record: SegmentRecord, left: int) -> tuple[SealedSegment, int]:
-        folder = self._segment_folder(record.segment_id)
-        size = sum(length for length, _ in record.files.values())
-        for path in folder.iterdir():
-            if path.name not in record.files:
-                path.unlink()  # an older tombstone file, or an index that was never published
-        if size <= left:
-            record = self._verified(folder, record)
-        else:
-            self._unverified.append(record)
-        try:
-            segment = SealedSegment(folder, record, self.spec)
-        except ShoalError:
-            raise
-        except Exception as error:  # not verified, and damaged: anything may come out of it
-            raise ShardStopped(f"{folder} is damaged: {type(error).__name__}: {error}") from error
-        for name in record.indexes:
-            try:
-                segment.set_graph(name, segment.open_graph(name))
-            except (Unavailable, OSError) as error:  # derived: it is built again
-                _log.error("index_damaged", why=str(error))
-        return segment, left - size
-
-    def _verified(self, folder: Path, record: SegmentRecord) -> SegmentRecord:
-        """Check every file. A damaged index is dropped, to be built again: it is derived. Damage to
-        anything else raises ShardStopped."""
-        for name, expected in record.files.items():
-            try:
-                verify_file(folder / name, expected)
-            except ShardStopped as error:
-                if not name.startswith("index."):
-                    raise
-                _log.error("index_damaged", why=error.message)
-                number = int(name.removeprefix("index."))
-                vector = [*self.spec.dense, *self.spec.sparse][number]
-                record = record.model_copy(
-                    update={
-                        "files": {n: s for n, s in record.files.items() if n != name},
-                        "indexes": tuple(n for n in record.indexes if n != vector),
-                    }
-                )
-        return record
 
     async def _scrub_loop(self) -> None:
         """Check what was too much to check before the shard was ready."""
@@ -277,7 +198,7 @@ class Shard:
         self.check_serving()
         if self._closing:
             raise Unavailable("the server is shutting down; nothing was written")
-        size = _size_of(op)
+        size = byte_size(op)
         too_many = len(self._queue) >= limits.LOG_QUEUE_ENTRIES_MAX
         if too_many or self._queued_bytes + size > limits.LOG_QUEUE_BYTES_MAX:
             raise Busy(
@@ -337,7 +258,7 @@ class Shard:
             except ShoalError as error:
                 _fail(pending, error)
                 continue
-            entries = [entry for entry in parts if not _touches_nothing(entry)]
+            entries = [entry for entry in parts if not is_empty(entry)]
             if not entries:
                 _answer(pending, WriteResult(self.state.applied))
             elif len(entries) == 1:
@@ -781,42 +702,6 @@ def _give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _size_of(op: Write) -> int:
-    """About how many bytes it will take in the log."""
-    match op:
-        case Upsert(points=points) | UpdateVectors(points=points):
-            return _batch_size(points)
-        case SetPayload() | OverwritePayload():
-            return len(op.payload) + _ids_size(op.where)
-        case DeletePayload(keys=names) | DeleteVectors(names=names):
-            return sum(map(len, names)) + _ids_size(op.where)
-        case Delete() | ClearPayload():
-            return _ids_size(op.where)
-        case _:
-            assert_never(op)
-
-
-def _ids_size(where: Selector) -> int:
-    return 64 + (0 if where.ids is None else 24 * len(where.ids))
-
-
-def _batch_size(points: PointBatch) -> int:
-    size = 64 * (1 + len(points)) + len(points.payload)
-    size += sum(block.values.nbytes for block in points.dense.values())
-    size += sum(2 * block.values.nbytes for block in points.sparse.values())
-    return size + sum(block.values.nbytes for block in points.multi.values())
-
-
-def _touches_nothing(entry: LogEntry) -> bool:
-    match entry:
-        case Seal() | Merge():
-            return False
-        case Upsert(points=points) | UpdateVectors(points=points):
-            return len(points) == 0
-        case _:
-            return entry.where.ids is not None and len(entry.where.ids) == 0
 
 
 def _answer(pending: _Pending, result: WriteResult) -> None:

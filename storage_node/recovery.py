@@ -1,0 +1,114 @@
+"""Opening a shard: from what is on disk to the state that it had.
+
+Nothing is deleted before it is sure that the manifest is whole. Damage raises ShardStopped with the
+file's name; a damaged index is dropped instead, since it is built again from what is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoal import telemetry
+from shoal.errors import ShardStopped, ShoalError, Unavailable
+from shoal.storage_api import ShardSpec
+from storage_node.entries import decode
+from storage_node.files import verify_file
+from storage_node.log import LOG_FILE_BYTES_MIN, Log
+from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_manifest
+from storage_node.segment import SealedSegment
+from storage_node.state import ShardState
+
+__all__ = ["Recovered", "recover"]
+
+_log = telemetry.logger("storage")
+
+
+@dataclass(slots=True)
+class Recovered:
+    """unverified: segments whose files were not checked, because there were too many bytes."""
+
+    state: ShardState
+    manifest: Manifest
+    unverified: list[SegmentRecord] = field(default_factory=list)
+
+
+def recover(folder: Path, spec: ShardSpec, log: Log, verify_bytes_max: int) -> Recovered:
+    """Map the segments, replay the log; make a new shard where there is none. The log is then ready
+    to append."""
+    segments = folder / "segments"
+    segments.mkdir(parents=True, exist_ok=True)
+    found = read_manifest(folder)
+    if found is None and (any(segments.iterdir()) or log.size_on_disk() > LOG_FILE_BYTES_MIN):
+        raise ShardStopped(
+            f"{folder / 'MANIFEST'} is missing beside data. Nothing was changed. Restore it, or the "
+            "shard, from a copy."
+        )
+    manifest = found or Manifest(collection_id=spec.key.collection_id, shard=spec.key.shard)
+    kept = {str(record.segment_id) for record in manifest.segments}
+    for path in segments.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path)  # a seal or merge that a crash cut off: the log has it all
+    state = ShardState(spec, manifest.next_segment_id, manifest.checkpoint)
+    recovered = Recovered(state, manifest)
+    left = verify_bytes_max
+    for record in manifest.segments:
+        size = sum(length for length, _ in record.files.values())
+        state.sealed.append(_open_segment(recovered, segments, record, verify=size <= left))
+        left -= size
+    for group in log.open(manifest.checkpoint, new=found is None):
+        for position, entry in enumerate(group.entries):
+            sequence = group.first + position
+            if sequence > state.applied:
+                state.apply(decode(entry), sequence)
+    if found is None:  # last: from now on a log must be there
+        write_manifest(folder, manifest)
+    alive = {segment.segment_id for segment in state.sealed}
+    state.merges = [merge for merge in state.merges if alive.issuperset(merge.inputs)]
+    return recovered
+
+
+def _open_segment(
+    recovered: Recovered, segments: Path, record: SegmentRecord, *, verify: bool
+) -> SealedSegment:
+    folder, spec = segments / str(record.segment_id), recovered.state.spec
+    for path in folder.iterdir():
+        if path.name not in record.files:
+            path.unlink()  # an older tombstone file, or an index that was never published
+    if verify:
+        record = _verified(folder, record, spec)
+    else:
+        recovered.unverified.append(record)
+    try:
+        segment = SealedSegment(folder, record, spec)
+    except ShoalError:
+        raise
+    except Exception as error:  # not verified, and damaged: anything may come out of it
+        raise ShardStopped(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+    for name in record.indexes:
+        try:
+            segment.set_graph(name, segment.open_graph(name))
+        except (Unavailable, OSError) as error:
+            _log.error("index_damaged", why=str(error))
+    return segment
+
+
+def _verified(folder: Path, record: SegmentRecord, spec: ShardSpec) -> SegmentRecord:
+    """Check every file. The record without its damaged indexes; ShardStopped for anything else."""
+    names = [*spec.dense, *spec.sparse]
+    for file, expected in record.files.items():
+        try:
+            verify_file(folder / file, expected)
+        except ShardStopped as error:
+            if not file.startswith("index."):
+                raise
+            _log.error("index_damaged", why=error.message)
+            lost = names[int(file.removeprefix("index."))]
+            record = record.model_copy(
+                update={
+                    "files": {name: total for name, total in record.files.items() if name != file},
+                    "indexes": tuple(name for name in record.indexes if name != lost),
+                }
+            )
+    return record
