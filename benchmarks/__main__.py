@@ -15,7 +15,7 @@ import time
 
 from benchmarks.harness import RESULTS, ROOT
 
-# name -> seconds it may take. Together about half an hour on two cores.
+# name -> seconds it may take; most take a third of that. An hour or more together on two cores.
 BENCHMARKS = {
     "search_http": 900,
     "recall": 900,
