@@ -165,11 +165,14 @@ def present(shards: list[Path], kind: str) -> list[Path]:
     )
 
 
-def test_a_flipped_byte_in_any_segment_file_is_found(make_server: MakeServer) -> None:
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
+)
+def test_a_flipped_byte_in_any_segment_file_is_found(make_server: MakeServer, seed: int) -> None:
     """One collection for each kind of file. What can be built again (an index) is; everything else
     stops the shard with an error that names the file; what is not damaged goes on."""
     server: Server = make_server(seal_bytes=SEAL_BYTES)
-    rng = random.Random(1)
+    rng = random.Random(seed)
     names = {kind: f"damaged{number}" for number, kind in enumerate(KINDS)}
     with server.http() as http:
         built = {kind: build_segments(server, http, name) for kind, name in names.items()}
