@@ -34,7 +34,7 @@ from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, Sc
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
 from shoal.encoder_api import Encoder, ModelInfo
-from shoal.errors import BadRequest, NotFound, NotSupported, must
+from shoal.errors import BadRequest, NotFound, NotSupported, ShoalError, must
 from shoal.ids import PointIds, format_id
 from shoal.metadata.contract import MetadataStore
 from shoal.payload import select
@@ -257,7 +257,7 @@ class Coordinator:
         if len(parts) == 1:
             results = [await self._storage.write(*parts[0])]
         else:
-            results = await _all([self._storage.write(shard, part) for shard, part in parts])
+            results = await _all_written([self._storage.write(*part) for part in parts])
         missing = _first_missing(write, results)
         if missing is not None:
             raise NotFound(f"Not found: No point with id {format_id(missing)} found")
@@ -376,6 +376,22 @@ def _first_missing(write: Write, results: Sequence[WriteResult]) -> int | None:
     ids = write.points.ids if isinstance(write, Upsert | UpdateVectors) else write.where.ids
     must(ids is not None, "a write by filter cannot miss a point")
     return next(key for key in cast(PointIds, ids).keys() if key in missing)  # noqa: SIM118
+
+
+async def _all_written(calls: Sequence[Coroutine[Any, Any, WriteResult]]) -> list[WriteResult]:
+    """Like `_all`; an error says so when other shards have applied their part."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if not failed:
+        return [outcome for outcome in outcomes if isinstance(outcome, WriteResult)]
+    error = failed[0]
+    if isinstance(error, ShoalError) and len(failed) < len(outcomes):
+        error.maybe_applied = True
+        error.message += (
+            f" {len(outcomes) - len(failed)} of {len(outcomes)} shards have applied their part: "
+            "send the whole request again."
+        )
+    raise error
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.api.filter import Filter
 from shoal.batch import DenseBlock, MultiBlock, PointBatch, SparseBlock
-from shoal.errors import AlreadyExists, NotFound
+from shoal.errors import AlreadyExists, NotFound, StorageFull
 from shoal.ids import PointIds
 from shoal.payload import decode, delete_keys, merge_payload
 from shoal.storage_api import (
@@ -64,12 +64,14 @@ class FakeShard:
 
 
 class FakeStorage:
-    """info_overrides: how a shard says that it is. error: what every call raises from now on."""
+    """info_overrides: how a shard says that it is. error: what every call raises from now on.
+    full: numbers of shards that refuse writes."""
 
     def __init__(self) -> None:
         self.shards: dict[ShardKey, FakeShard] = {}
         self.info_overrides: dict[ShardKey, ShardInfo] = {}
         self.error: Exception | None = None
+        self.full: set[int] = set()
 
     def _shard(self, key: ShardKey) -> FakeShard:
         if self.error is not None:
@@ -132,6 +134,8 @@ class FakeStorage:
     # -- writes -----------------------------------------------------------------------------------
     async def write(self, shard: ShardKey, op: Write) -> WriteResult:
         here = self._shard(shard)
+        if shard.shard in self.full:
+            raise StorageFull("Storage is full: no space left.")
         here.sequence += 1
         missing: list[int] = []
         match op:

@@ -196,6 +196,23 @@ def test_state_follows_the_shards(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_write_that_one_shard_refuses_says_that_others_applied_it(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        await world.with_points(shards=2, count=1)
+        points = [{"id": n, "vector": [n, 1, 0, 0]} for n in range(40)]
+        world.storage.full = {1}
+        said = await world.ask("PUT", f"{C}/points?wait=true", {"points": points}, 507)
+        assert "1 of 2 shards have applied their part: send the whole request again" in said
+        world.storage.full = {0, 1}
+        said = await world.ask("PUT", f"{C}/points?wait=true", {"points": points}, 507)
+        assert "applied their part" not in said
+        world.storage.full = set()
+        await world.ask("PUT", f"{C}/points?wait=true", {"points": points})
+        assert (await world.ask("POST", f"{C}/points/count", {}))["count"] == 40
+
+    run(tmp_path, test)
+
+
 # -- points ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shards", [1, 3])
 def test_reads(tmp_path: Path, shards: int) -> None:
