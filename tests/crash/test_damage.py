@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,14 @@ def build_segments(server: Server, http: httpx.Client, name: str) -> list[Path]:
 
 
 def present(shards: list[Path], kind: str) -> list[Path]:
-    return sorted(
-        p for shard in shards for p in shard.glob(f"segments/*/{kind}") if p.stat().st_size
-    )
+    """Files of a kind that a manifest names; others are left-overs that the next start deletes."""
+    named: list[Path] = []
+    for shard in shards:
+        manifest = json.loads((shard / "MANIFEST").read_text().splitlines()[0])
+        for record in manifest["segments"]:
+            folder = shard / "segments" / str(record["segment_id"])
+            named += [folder / name for name in record["files"] if fnmatch(name, kind)]
+    return sorted(path for path in named if path.exists() and path.stat().st_size)
 
 
 @pytest.mark.parametrize(
