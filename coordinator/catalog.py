@@ -15,9 +15,9 @@ against other coordinators.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, JsonValue
 
@@ -43,6 +43,7 @@ from shoal.vectors import VectorFields
 
 __all__ = ["Catalog", "Collection"]
 
+T = TypeVar("T")
 _log = logger("catalog")
 
 _FORBIDDEN_IN_NAMES = set("/\\") | {chr(code) for code in range(32)} | {"\x7f"}
@@ -81,6 +82,7 @@ class Catalog:
         self._default_shard_number = default_shard_number
         self._collections: dict[str, Collection] = {}
         self._lock = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
 
     async def load(self) -> None:
         """Read all records; remove those whose creation never finished."""
@@ -121,6 +123,35 @@ class Catalog:
         """Raises AlreadyExists, InvalidField for a bad name or setting, StorageFull."""
         _check_name(name, "collection")
         _check_request(request)
+        await self._to_end(self._create(name, request))
+
+    async def delete(self, name: str) -> bool:
+        """False when there is none. The collection is gone when this returns, and its data
+        unreachable at once; a crash in between leaves files that the next start removes."""
+        return await self._to_end(self._delete(name))
+
+    async def set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
+        """Write down, or with None remove, a payload index. Results never depend on it."""
+        await self._to_end(self._set_index(name, field, params))
+
+    async def close(self) -> None:
+        """Wait for the changes under way."""
+        await asyncio.gather(*self._changes, return_exceptions=True)
+
+    async def _to_end(self, change: Coroutine[Any, Any, T]) -> T:
+        """Run a change to its end also when the caller gives up (a timeout, a client that went
+        away): cut in the middle, store, shards and memory would disagree."""
+        task = asyncio.ensure_future(change)
+        self._changes.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.debug("change_refused", error=str(error))  # the caller may have gone: seen here
+
+    async def _create(self, name: str, request: CreateCollection) -> None:
         async with self._lock:
             if name in self._collections:
                 raise _already_exists(name)
@@ -144,9 +175,7 @@ class Catalog:
                 raise Busy(f"Collection `{name}` was changed by somebody else: try again")
             self._collections[name] = Collection.of(active, done.revision)
 
-    async def delete(self, name: str) -> bool:
-        """False when there is none. The collection is gone when this returns, and its data
-        unreachable at once; a crash in between leaves files that the next start removes."""
+    async def _delete(self, name: str) -> bool:
         async with self._lock:
             collection = self._collections.get(name)
             if collection is None:
@@ -158,8 +187,7 @@ class Catalog:
                 await self._storage.drop_shard(key)
             return True
 
-    async def set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
-        """Write down, or with None remove, a payload index. Results never depend on it."""
+    async def _set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         async with self._lock:
             collection = self.get(name)
             schema = dict(collection.record.payload_schema)

@@ -27,10 +27,10 @@ from coordinator.requests import AnyWrite, Retrieve
 from shoal.api import models
 from shoal.api.filter import parse_filter
 from shoal.batch import PointBatch
-from shoal.errors import BadRequest, NotFound, NotSupported
+from shoal.errors import BadRequest, BodyTooLarge, NotFound, NotSupported
 from shoal.ids import PointIds, format_id, parse_id
 from shoal.json_path import parse_path
-from shoal.limits import MIB
+from shoal.limits import CONFIG_BYTES_MAX, MIB
 from shoal.vectors import VectorFields
 from shoal.version import VERSION
 from shoal.wire import ops_pb2 as wire
@@ -105,9 +105,18 @@ async def collection_exists(call: Call) -> bytes:
 
 
 async def create_collection(call: Call) -> bytes:
-    request = validate(models.CreateCollection, call.body)
+    request = validate(models.CreateCollection, _small(call.body))
     await call.coordinator.catalog.create(call.params["collection_name"], request)
     return b"true"
+
+
+def _small(body: bytes) -> bytes:
+    """The body of a change of the catalog. Checking one of many MiB would hold everybody else."""
+    if len(body) > CONFIG_BYTES_MAX:
+        raise BodyTooLarge(
+            f"Payload too large: a collection's configuration may have {CONFIG_BYTES_MAX} bytes"
+        )
+    return body
 
 
 async def delete_collection(call: Call) -> bytes:
@@ -134,7 +143,7 @@ async def list_aliases(call: Call) -> bytes:
 
 async def create_index(call: Call) -> bytes:
     collection = _collection(call)
-    request = validate(models.CreateFieldIndex, call.body)
+    request = validate(models.CreateFieldIndex, _small(call.body))
     parse_path(request.field_name)
     await call.coordinator.catalog.set_index(
         collection.name, request.field_name, index_params(request)

@@ -154,7 +154,7 @@ class Api:
     ) -> Answer:
         if self._api_key is not None and not route.public:
             self._authorize(scope, route)
-        if self.metrics.in_flight > PENDING_REQUESTS_MAX:
+        if self.metrics.in_flight > PENDING_REQUESTS_MAX and not route.public:
             raise Busy(
                 f"Too many requests: {PENDING_REQUESTS_MAX} are being answered: wait a second and "
                 "send again"
@@ -216,9 +216,6 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes:
         if len(first) > BODY_BYTES_MAX:
             raise _too_large()
         return first
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > BODY_BYTES_MAX:
-            raise _too_large()
     parts, size = [first], len(first)
     while message.get("more_body", False):
         message = await receive()

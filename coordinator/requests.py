@@ -171,7 +171,7 @@ def _common_query(node: Any, body: bytes) -> Query | None:
             query.offset = value
         elif key == "using" and kind is str:
             query.using = value
-        elif key == "score_threshold" and kind in (int, float):
+        elif key == "score_threshold" and (kind is float or (kind is int and abs(value) < 2**64)):
             query.score_threshold = float(value)
         elif value is not None or key not in models.QueryRequest.model_fields:
             return None

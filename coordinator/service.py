@@ -84,6 +84,10 @@ class Coordinator:
         """Read the catalog. The storage node may be started after this."""
         await self.catalog.load()
 
+    async def close(self) -> None:
+        """Wait for changes of collections that are under way."""
+        await self.catalog.close()
+
     def shard_specs(self) -> list[ShardSpec]:
         return self.catalog.shard_specs()
 
@@ -123,6 +127,8 @@ class Coordinator:
         return hits
 
     async def _first_points(self, collection: Collection, query: Query) -> Hits:
+        if query.using and query.using not in collection.fields:
+            raise unknown_vector(query.using, collection.fields)
         points = await self._scroll(
             collection,
             Scroll(

@@ -85,6 +85,7 @@ async def _serve(
             stack.push_async_callback(encoder.close)
         coordinator = Coordinator(store=store, storage=storage, encoder=encoder, settings=settings)
         await coordinator.start()
+        stack.push_async_callback(coordinator.close)
         await storage.start(coordinator.shard_specs())
         monitor = Monitor(storage, coordinator.shard_specs, directory.path, settings)
         stack.push_async_callback(monitor.close)

@@ -9,6 +9,7 @@ MIB = 1024 * KIB
 
 # -- requests -------------------------------------------------------------------------------------
 BODY_BYTES_MAX = 32 * MIB  # one request; what qdrant-client's uploaders send stays far below
+CONFIG_BYTES_MAX = 512 * KIB  # of a collection: it is kept in metadata, and read at every start
 BATCH_POINTS_MAX = 65_536  # one upsert; keeps a log group, and so a torn tail, bounded
 BATCH_OPERATIONS_MAX = 1_000  # one points/batch request
 SEARCH_LIMIT_MAX = 10_000  # limit + offset: what one answer may hold and one shard must rank

@@ -76,17 +76,17 @@ class StorageNode:
                     shutil.rmtree(folder)
             if not any(collection.iterdir()):
                 collection.rmdir()
-        await asyncio.gather(*(self._open(spec) for spec in specs))
+        await asyncio.gather(*(self._open(spec, new=False) for spec in specs))
 
     async def close(self) -> None:
         await asyncio.gather(*(shard.close() for shard in self._shards.values()))
         self._shards.clear()
         await self._lanes.close()
 
-    async def _open(self, spec: ShardSpec) -> None:
+    async def _open(self, spec: ShardSpec, *, new: bool) -> None:
         shard = Shard(self._folder(spec.key), spec, self._settings, self._builder, self._lanes)
         self._shards[spec.key] = shard
-        await shard.open()
+        await shard.open(new=new)
 
     def _folder(self, key: ShardKey) -> Path:
         return self._directory / str(key.collection_id) / str(key.shard)
@@ -108,7 +108,7 @@ class StorageNode:
         folder.mkdir(parents=True, exist_ok=True)
         for parent in (folder.parent, self._directory):
             sync_folder(parent)
-        await self._open(spec)
+        await self._open(spec, new=True)
         shard = self._shards[spec.key]
         if shard.stopped is not None:  # the disk is full, most likely: leave nothing half made
             await self.drop_shard(spec.key)

@@ -34,16 +34,20 @@ class Recovered:
     unverified: list[SegmentRecord] = field(default_factory=list)
 
 
-def recover(folder: Path, spec: ShardSpec, log: Log, verify_bytes_max: int) -> Recovered:
-    """Map the segments, replay the log; make a new shard where there is none. The log is then ready
-    to append."""
+def recover(
+    folder: Path, spec: ShardSpec, log: Log, verify_bytes_max: int, *, new: bool
+) -> Recovered:
+    """Map the segments, replay the log; with `new` make a shard where there is none. The log is then
+    ready to append."""
     segments = folder / "segments"
     segments.mkdir(parents=True, exist_ok=True)
     found = read_manifest(folder)
-    if found is None and (any(segments.iterdir()) or log.size_on_disk() > LOG_FILE_BYTES_MIN):
+    if found is None and (
+        not new or any(segments.iterdir()) or log.size_on_disk() > LOG_FILE_BYTES_MIN
+    ):
         raise ShardStopped(
-            f"{folder / 'MANIFEST'} is missing beside data. Nothing was changed. Restore it, or the "
-            "shard, from a copy."
+            f"{folder / 'MANIFEST'} is missing. Nothing was changed. Restore it, or the shard, from "
+            "a copy."
         )
     manifest = found or Manifest(collection_id=spec.key.collection_id, shard=spec.key.shard)
     kept = {str(record.segment_id) for record in manifest.segments}

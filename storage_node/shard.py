@@ -112,11 +112,13 @@ class Shard:
         self.stop_error: BaseException | None = None
 
     # -- opening and closing ----------------------------------------------------------------------
-    async def open(self) -> None:
-        """Recover from disk. Damage stops this shard (`stopped` says why) and nothing else."""
+    async def open(self, *, new: bool) -> None:
+        """Recover from disk. Damage stops this shard (`stopped` says why) and nothing else. new:
+        there may be nothing yet."""
         try:
+            limit = self._settings.verify_on_open_bytes_max
             recovered = await self._lanes.files(
-                recover, self.folder, self.spec, self._log, self._settings.verify_on_open_bytes_max
+                lambda: recover(self.folder, self.spec, self._log, limit, new=new)
             )
         except Exception as error:  # a damaged file can make anything fail
             known = isinstance(error, ShoalError | OSError)

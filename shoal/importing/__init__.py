@@ -128,7 +128,9 @@ def import_file(
     started = time.monotonic()
     try:
         there = _prepare(server, collection, source.schema(), distance)
-        first_row = note.load() if there and not restart else 0
+        noted = 0 if restart else note.load()
+        # Fewer points than were acknowledged: the collection is another one by now. Begin again.
+        first_row = noted if noted <= there else 0
         rows = _send(server, collection, source, first_row, note, watcher)
     except Refused as refused:
         raise ImportFailed(_refusal(refused, server, collection)) from None
@@ -194,14 +196,14 @@ def _await(future: Future[None], chunk: Chunk, path: Path) -> None:
         ) from None
 
 
-def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> bool:
-    """Make the collection if there is none. True: it was there, and has points."""
+def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> int:
+    """Make the collection if there is none. Returns how many points it has."""
     dims = {**schema.dense, **schema.multi}
     dims |= {name: server.embedding_dim(model) for name, model in schema.text.items()}
     found = server.collection(collection)
     if found is not None:
         _check_fits(found, collection, dims)
-        return bool(found.get("points_count"))
+        return int(found.get("points_count") or 0)
     vectors: dict[str, Any] = {
         name: {"size": dim, "distance": distance} for name, dim in dims.items()
     }
@@ -211,7 +213,7 @@ def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> 
     if schema.sparse:
         config["sparse_vectors"] = {name: {} for name in schema.sparse}
     server.create_collection(collection, config)
-    return False
+    return 0
 
 
 def _check_fits(found: dict[str, Any], collection: str, dims: dict[str, int]) -> None:

@@ -19,6 +19,7 @@ from shoal.importing.chunks import Chunk, ImportFailed
 __all__ = ["RETRY_S_MAX", "Refused", "Server"]
 
 RETRY_S_MAX = 120.0  # without any request that succeeds; then the server is not coming back
+FIRST_S_MAX = 5.0  # without any answer at all: most likely there is no server
 BACKOFF_S_MAX = 5.0
 REQUEST_S_MAX = 300.0  # of silence on a connection
 _RETRYABLE = frozenset({408, 429, 502, 503, 504})  # an upsert may be sent twice: it is idempotent
@@ -51,6 +52,7 @@ class Server:
         self._connections: list[http.client.HTTPConnection] = []
         self._stop = threading.Event()
         self._last_success = time.monotonic()
+        self._answered = False  # by anything, since the start
 
     def put(self, collection: str, chunk: Chunk) -> None:
         """Write a chunk; durable when this returns. Raises ImportFailed or Refused."""
@@ -105,6 +107,7 @@ class Server:
             except (OSError, http.client.HTTPException) as error:
                 trouble, retry_after = f"{type(error).__name__}: {error}", None
             else:
+                self._answered = True
                 if status < 300:
                     self._last_success = time.monotonic()
                     answer: dict[str, Any] = json.loads(content)
@@ -114,6 +117,11 @@ class Server:
                     raise Refused(status, message)
                 trouble = message
             waited_s = time.monotonic() - max(since, self._last_success)
+            if not self._answered and waited_s > FIRST_S_MAX:
+                raise ImportFailed(
+                    f"No server answers at {self.url} ({trouble}). Start one with `shoal serve`, or "
+                    "say with --url where it is."
+                )
             if waited_s > RETRY_S_MAX:
                 raise ImportFailed(
                     f"The server at {self.url} could not be reached, or was busy, for "

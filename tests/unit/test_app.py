@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coordinator.app import create_app
 from coordinator.service import Coordinator
+from shoal.api.models import CreateCollection
 from shoal.encoder_api import ModelInfo
 from shoal.errors import BadRequest, Busy, ShardStopped, StorageFull
 from shoal.health import Health, HealthReport
@@ -213,6 +214,31 @@ def test_a_write_that_one_shard_refuses_says_that_others_applied_it(tmp_path: Pa
     run(tmp_path, test)
 
 
+def test_a_change_of_the_catalog_ends_also_when_its_caller_gives_up(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        catalog = world.coordinator.catalog
+        request = CreateCollection.model_validate_json('{"vectors":{"size":4,"distance":"Dot"}}')
+
+        async def give_up(change: Coroutine[Any, Any, Any]) -> None:
+            task = asyncio.create_task(change)
+            await asyncio.sleep(0)  # it has begun
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await world.coordinator.close()
+
+        await give_up(catalog.create("kept", request))
+        assert catalog.exists("kept")
+        await give_up(catalog.set_index("kept", "f", {"type": "keyword"}))
+        assert list(catalog.get("kept").record.payload_schema) == ["f"]
+        await give_up(catalog.delete("kept"))
+        assert not catalog.exists("kept")
+        await world.ask("PUT", "/collections/kept", {"vectors": {"size": 4, "distance": "Dot"}})
+
+    run(tmp_path, test)
+
+
 # -- points ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shards", [1, 3])
 def test_reads(tmp_path: Path, shards: int) -> None:
@@ -229,6 +255,9 @@ def test_reads(tmp_path: Path, shards: int) -> None:
         assert len((await world.ask("POST", f"{C}/points/query", few))["points"]) == 2
         few["score_threshold"] = 4.0  # only better scores
         assert len((await world.ask("POST", f"{C}/points/query", few))["points"]) == 1
+        endless = b'{"query":[1,0,0,0],"score_threshold":1' + b"0" * 400 + b"}"
+        assert "score_threshold" in await world.ask("POST", f"{C}/points/query", endless, 422)
+        await world.ask("POST", f"{C}/points/query", {"using": "nope"}, 400)
         text = {"query": {"text": "abc", "model": "lengths"}, "limit": 1}
         assert (await world.ask("POST", f"{C}/points/query", text))["points"][0]["score"] == 16.0
         none = {"limit": 2, "offset": 3, "with_payload": {"exclude": ["s"]}}

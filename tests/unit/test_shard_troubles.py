@@ -126,6 +126,14 @@ def test_a_missing_manifest_stops_the_shard_and_nothing_is_deleted(tmp_path: Pat
     assert sorted(p for p in folder.rglob("*") if p.is_file()) == before
 
 
+def test_a_shard_that_the_catalog_knows_and_the_disk_does_not_is_not_made_anew(
+    tmp_path: Path,
+) -> None:
+    with_node(tmp_path, fill)
+    shutil.rmtree(tmp_path / "1")
+    stopped_because(tmp_path, "MANIFEST is missing")
+
+
 @pytest.mark.parametrize("lost", ["all", "first"])
 def test_a_missing_log_stops_the_shard(tmp_path: Path, lost: str) -> None:
     async def two_files(node: StorageNode) -> None:
