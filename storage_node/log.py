@@ -16,6 +16,7 @@ says so. Every file has its own random salt, so that bytes which a user stored c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -234,7 +235,12 @@ class Log:
         fault_point("log.after_trim")
 
     def size_on_disk(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.glob("*.log"))
+        """Any thread may ask, also while `trim` deletes."""
+        total = 0
+        for path in self.folder.glob("*.log"):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
 
     def close(self) -> None:
         self._close_file()
