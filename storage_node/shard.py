@@ -448,13 +448,15 @@ class Shard:
 
     # -- merging and indexing ---------------------------------------------------------------------
     async def _optimise_loop(self) -> None:
-        while True:
+        # asyncio.wait_for may swallow a cancellation (Python 3.11): `close` must not rest on it.
+        while not self._closing:
             self._settled = self.pending_work() == 0
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), None if self._settled else _POLL_S)
+                async with asyncio.timeout(None if self._settled else _POLL_S):
+                    await self._changed.wait()
             self._changed.clear()
             try:
-                while await self._optimise_once():
+                while not self._closing and await self._optimise_once():
                     pass
             except (StorageFull, Unavailable) as error:
                 _log.warning("optimise_waits", why=error.message)
