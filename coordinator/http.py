@@ -216,6 +216,9 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes:
         if len(first) > BODY_BYTES_MAX:
             raise _too_large()
         return first
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > BODY_BYTES_MAX:
+            raise _too_large()
     parts, size = [first], len(first)
     while message.get("more_body", False):
         message = await receive()
