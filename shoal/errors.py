@@ -13,6 +13,8 @@
     ├── NotSupported              501     Shoal: this build or version cannot do it
     ├── ShardStopped              503     a shard found damage and serves nothing; see its message
     ├── Unavailable               503     a part is starting, stopping or unreachable; retry
+    │   ├── NotPrimary            503     this replica is not the primary (any more): ask the one that is
+    │   └── Stale                 503     this replica lags behind what the read must see: ask another
     ├── StorageFull               507     the operator: free disk space; reads go on
     └── StartupError              (exit 2) the operator: settings or data directory
         ├── SettingsError
@@ -37,10 +39,12 @@ __all__ = [
     "InvalidField",
     "InvariantError",
     "NotFound",
+    "NotPrimary",
     "NotSupported",
     "SettingsError",
     "ShardStopped",
     "ShoalError",
+    "Stale",
     "StartupError",
     "StorageFull",
     "TimedOut",
@@ -119,6 +123,14 @@ class ShardStopped(ShoalError):
 class Unavailable(ShoalError):
     status_code = 503
     retryable = True
+
+
+class NotPrimary(Unavailable):
+    """Nothing happened. Between the parts of Shoal; a client sees it only when retries ran out."""
+
+
+class Stale(Unavailable):
+    """Between the parts of Shoal; a client sees it only when no replica is fresh enough in time."""
 
 
 class StorageFull(ShoalError):

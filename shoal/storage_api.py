@@ -1,14 +1,18 @@
-"""What a coordinator asks of a storage node: the same whether the node is in this process or not.
+"""What is asked of storage, at two levels. Nothing here knows about HTTP or about disks.
 
-Requests may ask questions ("all points that match this filter"); the storage node turns them into
-log entries that hold effects only. Nothing here knows about HTTP or about disks.
+    Storage   what the coordinator asks: a shard, wherever it is. coordinator/router.py answers it
+    Node      what the router asks of one storage node: in this process, or over gRPC (shoal/rpc)
+
+Requests may ask questions ("all points that match this filter"); the primary turns them into log
+entries that hold effects only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +27,13 @@ __all__ = [
     "DeletePayload",
     "DeleteVectors",
     "Distance",
+    "FreshRead",
+    "Guard",
     "Hits",
+    "Node",
     "OverwritePayload",
+    "Read",
+    "ReplicaStatus",
     "Scroll",
     "Search",
     "Selector",
@@ -228,28 +237,122 @@ class ShardInfo:
     stopped: str | None = None  # why this shard serves nothing, for people
 
 
-class Storage(Protocol):
-    """A storage node, near or far. Every method may raise the errors of shoal.errors.
+# -- how fresh a read must be ---------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a client asks of the freshness of one read.
 
-    A write is durable (fsynced by every in-sync replica) and visible when `write` returns. Cancelled
-    or timed out, it may still happen. `search`, `retrieve`, `scroll` and `count` see every write that
-    returned before they were called.
+    strong   sees every write that anybody was told of before the read began: asked of the primary
+             inside its lease. Else: every write that this coordinator, or `token`, has seen.
+    token    shard -> sequence number that the answer must include at least (read-your-writes
+             across coordinators).
+    """
+
+    strong: bool = False
+    token: Mapping[ShardKey, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The same, as one replica is asked: answer only with `min_applied` applied (waiting shortly for
+    it), and if `strong` only as a primary inside its lease. Otherwise it raises Stale or NotPrimary,
+    and another replica can be asked."""
+
+    min_applied: int = 0
+    strong: bool = False
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FreshRead(Generic[T_co]):
+    """An answer, and the sequence number up to which the replica had applied the log when it read."""
+
+    value: T_co
+    applied: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica as it sees itself: for the monitor, for health, for joining.
+
+    role      "primary", "secondary", "joining", "stopped"
+    durable   last sequence number on its disk; committed: last one that all in-sync replicas hold
+    writable  False while its disk is too full to take writes
+    """
+
+    node: str
+    role: str
+    term: int
+    durable: int
+    committed: int
+    writable: bool
+    key: ShardKey
+    info: ShardInfo
+
+
+class Node(Protocol):
+    """One storage node. Reads name the shard and a guard; every answer says how fresh it is.
+
+    Raises, besides the errors of the request itself:
+      NotPrimary    a write, or a strong read, came to a replica that is not the primary in its lease
+      Stale         the replica has not applied what the guard asks for, and did not within a moment
+      Unavailable   unreachable; for a write `maybe_applied` says whether it may have happened
+      TimedOut      the deadline passed; a write may have happened
     """
 
     async def write(self, shard: ShardKey, op: Write) -> WriteResult: ...
-    async def search(self, shard: ShardKey, query: Search) -> Hits: ...
+    async def search(self, shard: ShardKey, query: Search, guard: Guard) -> FreshRead[Hits]: ...
     async def retrieve(
         self,
         shard: ShardKey,
         ids: PointIds,
         with_payload: bool,
         with_vectors: bool | tuple[str, ...],
+        guard: Guard,
+    ) -> FreshRead[PointBatch]: ...
+    async def scroll(
+        self, shard: ShardKey, query: Scroll, guard: Guard
+    ) -> FreshRead[PointBatch]: ...
+    async def count(
+        self, shard: ShardKey, filter: Filter | None, guard: Guard
+    ) -> FreshRead[int]: ...
+    async def info(self, shard: ShardKey) -> ShardInfo: ...
+    async def status(self) -> list[ReplicaStatus]:
+        """Every replica on this node."""
+        ...
+
+    async def create_shard(self, spec: ShardSpec) -> None:
+        """Make an empty replica: only while the collection is being created. Again: nothing."""
+        ...
+
+    async def drop_shard(self, shard: ShardKey) -> None: ...
+
+
+class Storage(Protocol):
+    """All shards, wherever they are. Every method may raise the errors of shoal.errors.
+
+    A write is durable (fsynced by every in-sync replica) and visible when `write` returns. Cancelled
+    or timed out, it may still happen. Reads see every write that returned before they were called
+    through the same Storage, and never less than an earlier read saw; see Read for more.
+    """
+
+    async def write(self, shard: ShardKey, op: Write) -> WriteResult: ...
+    async def search(self, shard: ShardKey, query: Search, read: Read = ...) -> Hits: ...
+    async def retrieve(
+        self,
+        shard: ShardKey,
+        ids: PointIds,
+        with_payload: bool,
+        with_vectors: bool | tuple[str, ...],
+        read: Read = ...,
     ) -> PointBatch:
         """The points that exist, in the order asked; missing ids are skipped."""
         ...
 
-    async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch: ...
-    async def count(self, shard: ShardKey, filter: Filter | None) -> int: ...
+    async def scroll(self, shard: ShardKey, query: Scroll, read: Read = ...) -> PointBatch: ...
+    async def count(self, shard: ShardKey, filter: Filter | None, read: Read = ...) -> int: ...
     async def info(self, shard: ShardKey) -> ShardInfo: ...
     async def create_shard(self, spec: ShardSpec) -> None: ...
     async def drop_shard(self, shard: ShardKey) -> None: ...

@@ -27,6 +27,8 @@ __all__ = [
     "Compare",
     "Event",
     "KeyValue",
+    "Lease",
+    "LeaseLost",
     "MetadataStore",
     "TxnResult",
     "Uncertain",
@@ -45,6 +47,13 @@ class Uncertain(TimedOut):
 class Compacted(ShoalError):
     """The changes after this revision are no longer kept. Read everything anew with `range` and
     watch from the revision which that gave. Deletes in the gap show only as absence."""
+
+    status_code = 503
+    retryable = True
+
+
+class LeaseLost(ShoalError):
+    """The lease has ended: its keys are gone. Grant a new one and register again at once."""
 
     status_code = 503
     retryable = True
@@ -85,6 +94,14 @@ class Event:
     revision: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """id: for `txn(lease=)`. ttl_s: what the store granted, at least what was asked for."""
+
+    id: int
+    ttl_s: float
+
+
 class MetadataStore(Protocol):
     """Every method may raise Unavailable: the store is closed, or nobody answers. Nothing happened
     then."""
@@ -104,12 +121,16 @@ class MetadataStore(Protocol):
         compares: Sequence[Compare],
         puts: Mapping[str, bytes],
         deletes: Sequence[str] = (),
+        *,
+        lease: int | None = None,
     ) -> TxnResult:
         """If all `compares` hold, make all changes at one new revision; else change nothing.
 
         Durable when it returns (etcd: on a majority). Deleting an absent key is no change; a put
-        always is one. A key may stand once in puts and deletes together.
-        Raises  BadRequest or BodyTooLarge: outside the bounds above. StorageFull: nothing happened.
+        always is one. A key may stand once in puts and deletes together. lease: the keys of `puts`
+        are deleted when this lease ends; a later put without one takes the key out of it.
+        Raises  LeaseLost: there is no such lease (any more). Nothing happened.
+                BadRequest or BodyTooLarge: outside the bounds above. StorageFull: nothing happened.
                 Uncertain: it may have happened.
         """
         ...
@@ -121,6 +142,20 @@ class MetadataStore(Protocol):
         Ends when the store is closed. Raises Compacted when the changes are no longer kept, at once
         or later, when the caller read too slowly.
         """
+        ...
+
+    async def lease_grant(self, ttl_s: float) -> Lease:
+        """A lease that ends `ttl_s` after its last keep-alive, never earlier by this store's own
+        doing alone. A lease is a hint: a store may lose one early (etcd does, after a frozen leader),
+        so nothing may be unsafe because somebody else's lease is gone."""
+        ...
+
+    async def lease_keep_alive(self, lease: int) -> float:
+        """Seconds that it now has, counted from before the call was sent. Raises LeaseLost."""
+        ...
+
+    async def lease_revoke(self, lease: int) -> None:
+        """End it now; its keys are deleted. Unknown: nothing to do."""
         ...
 
     async def close(self) -> None:

@@ -3,6 +3,9 @@
     collections/{name}              CollectionRecord   what the collection is; creating or active
     shards/{collection_id}/{shard}  ShardRecord        who holds the shard, in which term
     ids/collection                  IdRecord           the next free collection id
+    nodes/{id}                      NodeRecord         a running process, under its lease
+    jobs/index/{shard}/{segment}…   IndexJobRecord     an index to build; see index_node/jobs.py
+    monitor/leader                  LeaderRecord       which monitor acts, under its lease
 
 One JSON document per key, each with the version of its form. A form that is newer than this code is
 refused (FormatTooNew), never guessed at. Records are small; every change is one compare-and-swap on
@@ -28,13 +31,21 @@ from shoal.vectors import Datatype, VectorField, VectorFields
 __all__ = [
     "COLLECTIONS_PREFIX",
     "COLLECTION_ID_KEY",
+    "INDEX_JOBS_PREFIX",
+    "LEADER_KEY",
     "LOCAL_NODE",
     "NEVER_INDEXED",
+    "NODES_PREFIX",
+    "SHARDS_PREFIX",
     "CollectionRecord",
     "CollectionState",
     "IdRecord",
+    "LeaderRecord",
+    "NodeRecord",
+    "NodeRole",
     "ShardRecord",
     "collection_key",
+    "node_key",
     "shard_key",
     "shard_spec",
     "vector_fields",
@@ -42,6 +53,10 @@ __all__ = [
 
 COLLECTIONS_PREFIX = "collections/"
 COLLECTION_ID_KEY = "ids/collection"
+SHARDS_PREFIX = "shards/"
+NODES_PREFIX = "nodes/"
+INDEX_JOBS_PREFIX = "jobs/index/"
+LEADER_KEY = "monitor/leader"
 LOCAL_NODE = "local"  # the one node of a one-machine server
 NEVER_INDEXED = 2**62  # index_bytes_min of a vector whose index is switched off
 
@@ -52,6 +67,10 @@ def collection_key(name: str) -> str:
 
 def shard_key(collection_id: int, shard: int) -> str:
     return f"shards/{collection_id}/{shard}"
+
+
+def node_key(node: str) -> str:
+    return NODES_PREFIX + node
 
 
 class Record(BaseModel):
@@ -129,9 +148,46 @@ class ShardRecord(Record):
     def key(self) -> str:
         return shard_key(self.collection_id, self.shard)
 
+    def members(self) -> list[str]:
+        """Nodes that hold the shard or are about to."""
+        return list(dict.fromkeys([*self.in_sync, *self.joining]))
+
 
 class IdRecord(Record):
     next_id: int = 1
+
+
+class NodeRole(StrEnum):
+    COORDINATOR = "coordinator"
+    STORAGE = "storage"
+    INDEX = "index"
+    MONITOR = "monitor"
+    ENCODER = "encoder"
+
+
+class NodeRecord(Record):
+    """A running process. The record lives under the lease of that process, and a restarted process
+    has a new incarnation. grpc, http: "host:port" as others reach it. Statistics are not here: they
+    are asked of the node itself, because every change here wakes all watchers."""
+
+    id: str
+    role: NodeRole
+    incarnation: str
+    grpc: str = ""
+    http: str = ""
+    zone: str = ""
+    draining: bool = False
+
+    @property
+    def key(self) -> str:
+        return node_key(self.id)
+
+
+class LeaderRecord(Record):
+    """The monitor that acts; the record lives under its lease."""
+
+    node: str
+    incarnation: str
 
 
 # -- what a creation request means ----------------------------------------------------------------
