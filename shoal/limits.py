@@ -59,3 +59,19 @@ HNSW_M_MIN, HNSW_M_MAX = 2, 512  # links of a graph; 0 switches it off, 1 makes 
 BEAM_WIDTH_MAX = 1_024
 FILTER_CACHE_BYTES_MAX = 64 * MIB  # packed bitmaps kept per storage node
 VERIFY_ON_OPEN_BYTES_MAX = 4 * 1024 * MIB  # checksummed before ready; the rest by the scrubber
+
+# -- copying replicas -----------------------------------------------------------------------------
+TRANSFER_CHUNK_BYTES = MIB  # one message, one checksum; what a damaged one costs to send again
+TRANSFERS_MAX = 4  # files that one node sends at once: more would only share its disk
+TRANSFERS_WAITING_MAX = 64  # for one of these; more get "busy"
+SNAPSHOTS_MAX = 16  # that a node keeps for others: each may hold files that were merged away
+SNAPSHOT_IDLE_S = 300.0  # without a fetch; then its files go
+MANIFEST_BYTES_MAX = 16 * MIB  # that a node takes from another: about 20,000 segments
+
+# -- the monitor ----------------------------------------------------------------------------------
+JOINS_MAX = 16  # new copies on their way in the whole cluster: they compete with requests
+JOINS_PER_NODE_MAX = 2  # … that one node receives, or sends as primary
+RETURNS_PER_NODE_MAX = 16  # replicas of a node that came back and catch up: mostly tails of logs
+ACTIONS_PER_ROUND_MAX = 256  # the rest follows in the next round, about a second later
+ASKED_AT_ONCE_MAX = 64  # nodes that the monitor asks for their state at the same time
+STORY_ACTIONS_MAX = 200  # that the monitor remembers, for people

@@ -280,6 +280,7 @@ class ReplicaStatus:
     role      "primary", "secondary", "joining", "stopped"
     durable   last sequence number on its disk; committed: last one that all in-sync replicas hold
     writable  False while its disk is too full to take writes
+    metadata_lost_s  how long ago this node last heard from the metadata store; 0 while it does
     """
 
     node: str
@@ -290,6 +291,7 @@ class ReplicaStatus:
     writable: bool
     key: ShardKey
     info: ShardInfo
+    metadata_lost_s: float = 0.0
 
 
 class Node(Protocol):
