@@ -30,6 +30,7 @@ from shoal.errors import FormatTooNew, ShardStopped, StorageFull
 __all__ = [
     "FileSum",
     "FileWriter",
+    "check_space",
     "checked_sum",
     "open_array_file",
     "storage_errors",
@@ -58,6 +59,17 @@ def storage_errors(path: Path) -> Iterator[None]:
                 "and send the write again."
             ) from error
         raise
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """StorageFull when fewer than `needed` bytes are free on the disk of `folder`."""
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise StorageFull(
+            f"Storage is full: {free >> 20} MiB are free on the data disk and {needed >> 20} MiB must "
+            "be. Reads go on; free disk space and send the write again."
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ from shoal.storage_api import (
     Upsert,
     VectorSpec,
 )
-from storage_node import shard
+from storage_node import upkeep
 from storage_node.node import StorageNode
 
 KEY = ShardKey(1, 0)
@@ -212,7 +212,7 @@ def test_a_graph_is_built_published_and_used_after_a_restart(
     tmp_path: Path, merge_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if merge_in != "thread":
-        monkeypatch.setattr(shard, "_MERGE_IN_THREAD_ROWS_MAX", 0)
+        monkeypatch.setattr(upkeep, "_MERGE_IN_THREAD_ROWS_MAX", 0)
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((4000, DIM)).astype(np.float32)
 

@@ -33,7 +33,7 @@ from shoal.storage_api import (
     Upsert,
     VectorSpec,
 )
-from storage_node import shard as shard_module
+from storage_node import files
 from storage_node.node import StorageNode
 from storage_node.searching import count_points, search
 
@@ -210,7 +210,7 @@ def test_writes_are_refused_and_not_left_waiting_when_seals_find_no_room(
                 write = node.write(KEY, Upsert(points(range(start, start + 1000))))
                 await asyncio.wait_for(write, 20)
 
-        monkeypatch.setattr(shard_module.os, "statvfs", lambda path: Full)
+        monkeypatch.setattr(files.os, "statvfs", lambda path: Full)
         with pytest.raises(StorageFull):
             await write_on()
         readable = await node.count(KEY, None)
