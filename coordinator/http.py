@@ -11,7 +11,6 @@ Handlers return the JSON of `result`; errors are raised as the types of shoal/er
 from __future__ import annotations
 
 import asyncio
-import hmac
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import parse_qsl
 
+from coordinator.auth import ApiKeys, given_key
 from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
 from coordinator.service import Coordinator
@@ -26,10 +26,8 @@ from shoal.errors import (
     BadRequest,
     BodyTooLarge,
     Busy,
-    Forbidden,
     ShoalError,
     TimedOut,
-    Unauthorized,
     Unavailable,
 )
 from shoal.health import HealthReport
@@ -117,8 +115,7 @@ class Api:
     ) -> None:
         self._coordinator = coordinator
         self._health = health
-        self._api_key = None if api_key is None else api_key.encode()
-        self._read_only_key = None if read_only_api_key is None else read_only_api_key.encode()
+        self._keys = ApiKeys(api_key, read_only_api_key)
         self.metrics = Metrics()
 
     async def answer(
@@ -152,8 +149,8 @@ class Api:
         receive: Receive,
         started: float,
     ) -> Answer:
-        if self._api_key is not None and not route.public:
-            self._authorize(scope, route)
+        if self._keys.required and not route.public:
+            self._keys.check(given_key(scope["headers"]), writes=route.writes)
         if self.metrics.in_flight > PENDING_REQUESTS_MAX and not route.public:
             raise Busy(
                 f"Too many requests: {PENDING_REQUESTS_MAX} are being answered: wait a second and "
@@ -171,21 +168,6 @@ class Api:
             return Answer(200, render_result(result, perf_counter() - started))
         return result
 
-    def _authorize(self, scope: Scope, route: Route) -> None:
-        given = _given_key(scope["headers"])
-        if given is None:
-            raise Unauthorized(
-                "Unauthorized: Must provide an API key or an Authorization bearer token"
-            )
-        # Both comparisons take the same time whatever is given.
-        if self._api_key is not None and hmac.compare_digest(given, self._api_key):
-            return
-        if self._read_only_key is not None and hmac.compare_digest(given, self._read_only_key):
-            if not route.writes:
-                return
-            raise Forbidden("Forbidden: this API key may only read: use the key that may write")
-        raise Unauthorized("Unauthorized: Invalid API key")
-
 
 def _refusal(error: ShoalError, seconds: float) -> Answer:
     headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -194,17 +176,6 @@ def _refusal(error: ShoalError, seconds: float) -> Answer:
     elif isinstance(error, BodyTooLarge):
         headers = ((b"connection", b"close"),)
     return Answer(error.status_code, render_error(error.message, seconds), headers=headers)
-
-
-def _given_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """From `api-key`, else from `Authorization: Bearer`. Header names are lower case in ASGI."""
-    bearer = None
-    for name, value in headers:
-        if name == b"api-key":
-            return value
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            bearer = value[7:].strip()
-    return bearer
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes:
