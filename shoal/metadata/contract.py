@@ -9,7 +9,8 @@ implementation: the embedded one (one SQLite file, one process) and, for a clust
 
 Keys are texts such as `collections/books`, ordered by their UTF-8 bytes; values are bytes. All
 changes of one transaction share one revision. A prefix sees gaps in the revisions: the counter is
-the store's, so nobody may wait for "the next number".
+the store's, which also counts changes that only the store knows of, so nobody may wait for "the next
+number".
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Protocol
 from shoal.errors import BadRequest, BodyTooLarge, ShoalError, TimedOut
 
 __all__ = [
+    "LEASE_TTL_S_MAX",
     "TXN_BYTES_MAX",
     "TXN_OPERATIONS_MAX",
     "Compacted",
@@ -28,15 +30,21 @@ __all__ = [
     "Event",
     "KeyValue",
     "Lease",
+    "LeaseKeeper",
     "LeaseLost",
     "MetadataStore",
+    "StoreRefused",
     "TxnResult",
     "Uncertain",
+    "check_ttl",
     "check_txn",
 ]
 
-TXN_OPERATIONS_MAX = 128  # compares, puts and deletes together: etcd's default bound
+TXN_OPERATIONS_MAX = (
+    120  # compares, puts and deletes; etcd allows 128, its client needs some itself
+)
 TXN_BYTES_MAX = 1024 * 1024  # keys and values together; etcd refuses requests of 1.5 MiB
+LEASE_TTL_S_MAX = 3_600.0
 
 
 class Uncertain(TimedOut):
@@ -57,6 +65,13 @@ class LeaseLost(ShoalError):
 
     status_code = 503
     retryable = True
+
+
+class StoreRefused(ShoalError):
+    """The store answers and says no: a wrong password, a missing permission, a certificate that it
+    does not know. Asking again does not help; an operator has to change something."""
+
+    status_code = 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +115,24 @@ class Lease:
 
     id: int
     ttl_s: float
+
+
+class LeaseKeeper(Protocol):
+    """Keeps one lease alive until it is closed. Made by `MetadataStore.lease_keep`."""
+
+    def silent_for_s(self) -> float:
+        """Seconds since the last keep-alive that was answered was sent, suspend of the machine
+        included. Beyond the TTL the lease may be gone, whether or not anybody could say so."""
+        ...
+
+    async def lost(self) -> None:
+        """Returns when the store says that the lease is gone; else waits. Raises StoreRefused when
+        the store does not let us keep it."""
+        ...
+
+    async def close(self) -> None:
+        """Keep it alive no longer. It is not revoked. May be called twice."""
+        ...
 
 
 class MetadataStore(Protocol):
@@ -147,11 +180,18 @@ class MetadataStore(Protocol):
     async def lease_grant(self, ttl_s: float) -> Lease:
         """A lease that ends `ttl_s` after its last keep-alive, never earlier by this store's own
         doing alone. A lease is a hint: a store may lose one early (etcd does, after a frozen leader),
-        so nothing may be unsafe because somebody else's lease is gone."""
+        so nothing may be unsafe because somebody else's lease is gone. Raises BadRequest for more
+        than LEASE_TTL_S_MAX."""
         ...
 
     async def lease_keep_alive(self, lease: int) -> float:
         """Seconds that it now has, counted from before the call was sent. Raises LeaseLost."""
+        ...
+
+    def lease_keep(self, lease: Lease) -> LeaseKeeper:
+        """Keep a lease that was granted just now alive, from here until the keeper is closed. A stall
+        of the event loop that is shorter than the TTL does not lose it; a longer one does, so that a
+        process that hangs does not look alive."""
         ...
 
     async def lease_revoke(self, lease: int) -> None:
@@ -182,4 +222,13 @@ def check_txn(
     if size > TXN_BYTES_MAX:
         raise BodyTooLarge(
             f"Bad request: {size} bytes of metadata in one change, {TXN_BYTES_MAX} are allowed"
+        )
+
+
+def check_ttl(ttl_s: float) -> None:
+    """The bounds of `lease_grant`. Raises BadRequest."""
+    if not 0 < ttl_s <= LEASE_TTL_S_MAX:
+        raise BadRequest(
+            f"Bad request: a lease of {ttl_s} s, more than 0 and at most {LEASE_TTL_S_MAX:g} s "
+            "are allowed"
         )

@@ -25,12 +25,14 @@ from shoal.errors import (
 )
 from shoal.metadata import embedded
 from shoal.metadata.contract import (
+    LEASE_TTL_S_MAX,
     TXN_BYTES_MAX,
     TXN_OPERATIONS_MAX,
     Compacted,
     Compare,
     Event,
     KeyValue,
+    LeaseLost,
     MetadataStore,
     TxnResult,
     Uncertain,
@@ -129,7 +131,7 @@ def test_bounds(run):
     async def test(store):
         many = {f"k{i}": b"" for i in range(TXN_OPERATIONS_MAX)}
         assert (await store.txn([], many)).ok
-        with pytest.raises(BadRequest, match="129 operations"):
+        with pytest.raises(BadRequest, match="121 operations"):
             await store.txn([Compare("x", 0)], many)
         with pytest.raises(BodyTooLarge):
             await store.txn([], {"a": bytes(TXN_BYTES_MAX)})
@@ -242,6 +244,60 @@ def test_watchers_agree_with_a_model_under_random_changes(run):
     run(test)
 
 
+def test_a_lease_that_nobody_keeps_takes_its_keys_along(run):
+    async def test(store):
+        lease = await store.lease_grant(1)
+        assert lease.ttl_s >= 1
+        kept = await store.lease_grant(1)
+        keeper = store.lease_keep(kept)
+        await store.txn([], {"kept": b""}, lease=kept.id)
+        await store.txn([], {"moved": b"", "freed": b"", "gone": b"", "too": b""}, lease=lease.id)
+        await store.txn([], {"moved": b""}, lease=kept.id)
+        last = await store.txn([], {"freed": b""})
+        found = await take(store.watch("", last.revision), 2)
+        assert [(e.key, e.value) for e in found] == [("gone", None), ("too", None)]
+        assert found[0].revision == found[1].revision > last.revision
+        assert [kv.key for kv in (await store.range(""))[0]] == ["freed", "kept", "moved"]
+        assert not (await store.txn([Compare("gone", last.revision)], {})).ok
+        with pytest.raises(LeaseLost):
+            await store.txn([], {"b": b""}, lease=lease.id)
+        assert await store.get("b") is None
+        with pytest.raises(LeaseLost):
+            await store.lease_keep_alive(lease.id)
+        await store.lease_revoke(lease.id)
+        assert keeper.silent_for_s() < kept.ttl_s
+        await keeper.close()
+
+    run(test)
+
+
+def test_keep_alive_keeps_and_revoke_ends_at_once(run):
+    async def test(store):
+        first, second = await store.lease_grant(30), await store.lease_grant(30)
+        assert first.id != second.id
+        made = await store.txn([], {"a": b"", "c": b""}, lease=first.id)
+        await store.txn([], {"b": b""}, lease=second.id)
+        assert 29 < await store.lease_keep_alive(first.id) <= first.ttl_s
+        keeper = store.lease_keep(first)
+        await store.lease_revoke(first.id)
+        events = await take(store.watch("", made.revision), 3)
+        assert [(e.key, e.value) for e in events] == [("b", b""), ("a", None), ("c", None)]
+        await asyncio.wait_for(keeper.lost(), 8)
+        await keeper.close()
+        assert [kv.key for kv in (await store.range(""))[0]] == ["b"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("ttl_s", [0, -1, float("nan"), LEASE_TTL_S_MAX + 1])
+def test_a_lease_has_bounds(run, ttl_s):
+    async def test(store):
+        with pytest.raises(BadRequest, match="a lease of"):
+            await store.lease_grant(ttl_s)
+
+    run(test)
+
+
 def test_close_ends_watches_and_refuses_the_rest(run):
     async def test(store):
         watch = store.watch("", 0)
@@ -274,6 +330,55 @@ def test_embedded_keeps_everything_over_a_restart(tmp_path):
             assert await anext(watch) == [Event("c", b"", changed.revision)]
             with pytest.raises(Compacted, match="Read anew"):
                 await anext(store.watch("", revision - 1))
+
+    asyncio.run(main())
+
+
+def test_embedded_lease_has_its_full_ttl_after_a_restart(tmp_path):
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            lease = await store.lease_grant(0.5)
+            await store.txn([], {"a": b""}, lease=lease.id)
+        async with embedded_store(tmp_path) as store:
+            assert await store.lease_keep_alive(lease.id) == 0.5
+            _, revision = await store.range("")
+            assert await anext(store.watch("", revision)) == [Event("a", None, revision + 1)]
+            assert (await store.lease_grant(9)).id != lease.id
+        async with embedded_store(tmp_path) as store:
+            with pytest.raises(LeaseLost):
+                await store.lease_keep_alive(lease.id)
+
+    asyncio.run(main())
+
+
+def test_embedded_lease_outlives_a_stall_of_the_loop(tmp_path):
+    async def main() -> None:
+        async with embedded_store(tmp_path) as store:
+            lease = await store.lease_grant(0.6)
+            asyncio.get_running_loop().call_soon(subprocess.run, ["sleep", "1"])
+            await asyncio.sleep(1.5 * embedded.LEASE_TICK_S)  # the stall, and one more tick
+            assert await store.lease_keep_alive(lease.id) == 0.6
+
+    asyncio.run(main())
+
+
+def test_embedded_file_of_the_first_format_is_taken_over(tmp_path):
+    path = tmp_path / "metadata.sqlite"
+    with sqlite3.connect(path) as db:
+        for statement in embedded._SCHEMA.strip().split(";\n"):
+            db.execute(statement)
+        db.execute("INSERT INTO kv VALUES ('a', 'x', 1)")
+        db.execute("UPDATE counter SET revision = 1")
+        db.execute(f"PRAGMA application_id = {embedded.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+
+    async def main() -> None:
+        for revision in (2, 3):
+            async with embedded_store(tmp_path) as store:
+                assert await store.get("a") == KeyValue("a", "x", 1)
+                lease = await store.lease_grant(9)
+                assert (await store.txn([], {"b": b""}, lease=lease.id)).revision == revision
 
     asyncio.run(main())
 
@@ -440,10 +545,10 @@ def test_embedded_refuses_a_newer_format(tmp_path):
         async with embedded_store(tmp_path):
             pass
         with sqlite3.connect(path) as db:
-            db.execute("PRAGMA user_version = 2")
+            db.execute("PRAGMA user_version = 3")
         db.close()
         before = path.read_bytes()
-        with pytest.raises(FormatTooNew, match="format 2"):
+        with pytest.raises(FormatTooNew, match="format 3"):
             await EmbeddedStore.open(path)
         assert path.read_bytes() == before
 
