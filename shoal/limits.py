@@ -32,6 +32,14 @@ TEXT_BYTES_MAX = 256 * KIB  # of one text
 REQUEST_TIMEOUT_S_MAX = 3_600
 PENDING_REQUESTS_MAX = 1_024  # in flight in one process before it answers 429
 
+# -- the public gRPC API --------------------------------------------------------------------------
+GRPC_CALLS_MAX = 4_096  # open calls of one process, streams that wait for work among them
+GRPC_STREAM_SEARCHES_MAX = 128  # of one stream at work; then it is not read until some are answered
+GRPC_STREAM_UPSERTS_MAX = 8  # enough to share an fsync; each may hold a whole body
+GRPC_BODY_BYTES_MAX = 512 * MIB  # of all requests being answered: bounds the memory
+GRPC_MESSAGE_BYTES_TARGET = 1 * MIB  # answers that wait travel together up to here
+GRPC_ERROR_BYTES_MAX = 1_024  # of a status message: headers hold 8 KiB, percent-encoding takes 3x
+
 # -- names ----------------------------------------------------------------------------------------
 NAME_LENGTH_MAX = 255  # of a collection or vector, in bytes: they become file names
 COLLECTIONS_MAX = 1_000
@@ -75,3 +83,14 @@ RETURNS_PER_NODE_MAX = 16  # replicas of a node that came back and catch up: mos
 ACTIONS_PER_ROUND_MAX = 256  # the rest follows in the next round, about a second later
 ASKED_AT_ONCE_MAX = 64  # nodes that the monitor asks for their state at the same time
 STORY_ACTIONS_MAX = 200  # that the monitor remembers, for people
+
+# -- between nodes --------------------------------------------------------------------------------
+RPC_MESSAGE_BYTES_MAX = 256 * MIB  # one request or answer: above any body (BODY_BYTES_MAX) as columns
+RPC_FRAMES_BYTES = 1 * MIB  # small requests travel together up to this; a larger one goes alone
+RPC_IN_FLIGHT_MAX = 1_024  # requests of one process to one node before it says Busy
+RPC_QUEUE_BYTES_MAX = 256 * MIB  # of those, not yet sent
+RPC_SERVER_IN_FLIGHT_MAX = 4_096  # requests of all callers in one node before it says Busy
+RPC_SERVER_ANSWER_BYTES_MAX = 64 * MIB  # finished and not yet taken: then its caller is read no further
+BUS_QUEUE_MESSAGES_MAX = 8_192  # waiting for one peer; more are dropped, the replica sends again
+BUS_QUEUE_BYTES_MAX = 64 * MIB
+ERROR_TEXT_BYTES_MAX = 2 * KIB  # of an error in gRPC metadata, which holds 8 KiB in all

@@ -364,7 +364,7 @@ class StatusReply(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("key", "node", "role", "term", "durable", "committed", "writable", "info")
+    __slots__ = ("key", "node", "role", "term", "durable", "committed", "writable", "info", "metadata_lost_s")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -373,6 +373,7 @@ class ReplicaStatus(_message.Message):
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
+    METADATA_LOST_S_FIELD_NUMBER: _ClassVar[int]
     key: ShardKey
     node: str
     role: str
@@ -381,7 +382,8 @@ class ReplicaStatus(_message.Message):
     committed: int
     writable: bool
     info: ShardInfo
-    def __init__(self, key: _Optional[_Union[ShardKey, _Mapping]] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., term: _Optional[int] = ..., durable: _Optional[int] = ..., committed: _Optional[int] = ..., writable: bool = ..., info: _Optional[_Union[ShardInfo, _Mapping]] = ...) -> None: ...
+    metadata_lost_s: float
+    def __init__(self, key: _Optional[_Union[ShardKey, _Mapping]] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., term: _Optional[int] = ..., durable: _Optional[int] = ..., committed: _Optional[int] = ..., writable: bool = ..., info: _Optional[_Union[ShardInfo, _Mapping]] = ..., metadata_lost_s: _Optional[float] = ...) -> None: ...
 
 class ReplicaMessages(_message.Message):
     __slots__ = ("messages",)
@@ -420,18 +422,14 @@ class SnapshotReply(_message.Message):
     def __init__(self, id: _Optional[str] = ..., manifest: _Optional[bytes] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("collection_id", "shard", "snapshot_id", "path", "offset")
-    COLLECTION_ID_FIELD_NUMBER: _ClassVar[int]
-    SHARD_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("snapshot_id", "path", "offset")
     SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
-    collection_id: int
-    shard: int
     snapshot_id: str
     path: str
     offset: int
-    def __init__(self, collection_id: _Optional[int] = ..., shard: _Optional[int] = ..., snapshot_id: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    def __init__(self, snapshot_id: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class FileChunk(_message.Message):
     __slots__ = ("offset", "data", "crc32c")
