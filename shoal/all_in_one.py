@@ -13,15 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
-import math
 import os
-import signal
 import socket
-from collections.abc import Callable, Iterator
 
-import uvicorn
 import uvloop
 from pydantic import SecretStr
 
@@ -34,16 +29,14 @@ from monitor.service import Monitor
 from shoal import telemetry
 from shoal.data_dir import DataDirectory, ServerInfo
 from shoal.encoder_api import Encoder
-from shoal.errors import ShoalError, StartupError
+from shoal.errors import ShoalError
 from shoal.metadata.embedded import EmbeddedStore
+from shoal.serving import HttpServer, Stop, bound_socket
 from shoal.settings import ServeSettings
 from shoal.version import VERSION
 from storage_node.node import StorageNode
 
 __all__ = ["serve"]
-
-KEEP_ALIVE_S = 75  # longer than the 60 s after which usual proxies drop an idle connection
-LISTEN_BACKLOG = 2_048
 
 _log = telemetry.logger("server")
 
@@ -58,7 +51,7 @@ def serve(settings: ServeSettings) -> None:
     telemetry.setup(settings.log_level)
     with (
         DataDirectory(settings.data_dir) as directory,
-        _bound_socket(settings.http_host, settings.http_port) as listener,
+        bound_socket(settings.http_host, settings.http_port) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(_serve(settings, directory, listener))
@@ -69,9 +62,7 @@ async def _serve(
 ) -> None:
     loop = asyncio.get_running_loop()
     telemetry.watch_loop(loop)
-    stop = _Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.ask, number)
+    stop = Stop(loop)
 
     async with contextlib.AsyncExitStack() as stack:
         store = await EmbeddedStore.open(directory.metadata)
@@ -106,56 +97,17 @@ async def _serve(
             directory.announce(info)
             _log.info("ready", url=info.url, data_dir=directory.path, version=VERSION)
 
-        server = _Server(_config(app, settings), ready)
+        server = HttpServer(
+            app, protocol=OneWriteProtocol, grace_s=settings.shutdown_grace_s, ready=ready
+        )
         stack.callback(directory.withdraw)
-        stop.attach(server, monitor)
+        stop.call(lambda _: monitor.set_ready(False))
+        stop.call(server.stop)
         if encoder is not None and settings.encoder_preload:
             loading = asyncio.create_task(_preload(encoder), name="preload")
             stack.callback(loading.cancel)
         await server.serve(sockets=[listener])
     _log.info("stopped")
-
-
-class _Stop:
-    """Carries signals to the server, also those that come before it exists."""
-
-    def __init__(self) -> None:
-        self._server: _Server | None = None
-        self._monitor: Monitor | None = None
-        self._asked = 0
-
-    def ask(self, number: int) -> None:
-        self._asked += 1
-        _log.info("stopping", signal=signal.Signals(number).name, at_once=self._asked > 1)
-        self._pass_on()
-
-    def attach(self, server: _Server, monitor: Monitor) -> None:
-        self._server, self._monitor = server, monitor
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._server is not None and self._monitor is not None and self._asked:
-            self._monitor.set_ready(False)
-            self._server.should_exit = True
-            self._server.force_exit = self._asked > 1
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server; it tells when it listens, and leaves signals to us: its own way re-raises
-    them after the end, and the process would not exit with 0."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if not self.should_exit:
-            self._ready()
 
 
 async def _preload(encoder: Encoder) -> None:
@@ -167,56 +119,6 @@ async def _preload(encoder: Encoder) -> None:
             _log.warning("encoder_not_loaded", model=model.name, why=error.message)
         else:
             _log.info("encoder_loaded", model=loaded.name, precision=loaded.precision)
-
-
-def _config(app: Callable[..., object], settings: ServeSettings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        loop="none",  # ours is running
-        http=OneWriteProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,  # a line per request costs more than a search
-        proxy_headers=False,
-        server_header=False,
-        backlog=LISTEN_BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),
-    )
-
-
-@contextlib.contextmanager
-def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A TCP socket on the address, not yet listening. Raises StartupError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise StartupError(
-            f"The setting http_host is {host!r}, which is no address of this machine: "
-            f"{error.strerror}. Use 127.0.0.1 for this machine only, or 0.0.0.0 for all."
-        ) from error
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise StartupError(_why_not_bound(host, port, error)) from error
-        yield listener
-
-
-def _why_not_bound(host: str, port: int, error: OSError) -> str:
-    where = f"{host}, port {port},"
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"Another program listens on {where} already. Stop it, or give another --http-port "
-            "(0 picks a free one)."
-        )
-    if error.errno == errno.EACCES:
-        return f"This user may not listen on {where} use a port from 1024 up."
-    return f"Cannot listen on {where} because: {error.strerror}. Check --http-host."
 
 
 def _encoder(settings: ServeSettings) -> Encoder | None:

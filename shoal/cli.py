@@ -11,12 +11,15 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from shoal.settings import LoadedSettings
+    from shoal.configuration import LoadedSettings
+    from shoal.settings import Process
 
 __all__ = ["Parser", "main"]
+
+P = TypeVar("P", bound="Process")
 
 _OVERVIEW = """\
 usage: shoal COMMAND ...
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
-        lines = (f"  {command:<10} {about}" for command, (about, _) in _COMMANDS.items())
+        lines = (f"  {command:<13} {about}" for command, (about, _) in _COMMANDS.items())
         print(_OVERVIEW.format(commands="\n".join(lines)), end="")
         return 0 if arguments else 2
     if name in ("-V", "--version"):
@@ -89,15 +92,10 @@ class Parser(argparse.ArgumentParser):
 # -- settings from flags ---------------------------------------------------------------------------
 
 
-def _add_settings(parser: Parser) -> None:
+def _add_settings(parser: Parser, process: type[Process]) -> None:
     """A flag for every setting, with its description, variable and default."""
-    from shoal.settings import (
-        CONFIG_VARIABLE,
-        ENV_PREFIX,
-        SETTING_NAMES,
-        ServeSettings,
-        display,
-    )
+    from shoal.configuration import CONFIG_VARIABLE, display
+    from shoal.settings import ENV_PREFIX, setting_names
 
     parser.usage = f"{parser.prog} [-h] [--config FILE] [--SETTING VALUE ...]"
 
@@ -105,10 +103,10 @@ def _add_settings(parser: Parser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help=f"TOML file with settings, such as http_port = 6333 (or {CONFIG_VARIABLE}).",
+        help=f'TOML file with settings, such as log_level = "info" (or {CONFIG_VARIABLE}).',
     )
-    for name in SETTING_NAMES:
-        field = ServeSettings.model_fields[name]
+    for name in setting_names(process):
+        field = process.model_fields[name]
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = "none" if default is None else display(name, default)
         variable = ENV_PREFIX + name.upper()
@@ -121,12 +119,13 @@ def _add_settings(parser: Parser) -> None:
         )
 
 
-def _load_settings(parsed: argparse.Namespace) -> LoadedSettings:
-    from shoal.settings import SETTING_NAMES, load_settings
+def _load_settings(parsed: argparse.Namespace, process: type[P]) -> LoadedSettings[P]:
+    from shoal.configuration import load_settings
+    from shoal.settings import setting_names
 
     given = vars(parsed)
-    flags = {name: given[name] for name in SETTING_NAMES if name in given}
-    return load_settings(flags, parsed.config)
+    flags = {name: given[name] for name in setting_names(process) if name in given}
+    return load_settings(flags, parsed.config, process)
 
 
 _PRECEDENCE = "Flags win over SHOAL_ variables, variables over the settings file."
@@ -135,31 +134,133 @@ _PRECEDENCE = "Flags win over SHOAL_ variables, variables over the settings file
 # -- commands --------------------------------------------------------------------------------------
 
 
-def _serve(arguments: list[str]) -> int:
-    parser = Parser("shoal serve", f"Serve everything in one process.\n{_PRECEDENCE}")
-    _add_settings(parser)
-    loaded = _load_settings(parser.parse_args(arguments))
+def _process_settings(name: str, about: str, process: type[P], arguments: list[str]) -> P:
+    """What the command of a process was told."""
+    parser = Parser(f"shoal {name}", f"{about}\n{_PRECEDENCE}")
+    _add_settings(parser, process)
+    settings = _load_settings(parser.parse_args(arguments), process).settings
     from shoal.cpu import prepare_environment
 
     prepare_environment()
+    return settings
+
+
+def _serve(arguments: list[str]) -> int:
+    from shoal.settings import ServeSettings
+
+    about = "Serve everything in one process."
+    settings = _process_settings("serve", about, ServeSettings, arguments)
     from shoal.all_in_one import serve
 
-    serve(loaded.settings)
+    serve(settings)
+    return 0
+
+
+def _coordinator(arguments: list[str]) -> int:
+    from shoal.settings import CoordinatorProcess
+
+    about = "Answer the public APIs of a cluster. It keeps nothing; run two or more."
+    settings = _process_settings("coordinator", about, CoordinatorProcess, arguments)
+    from shoal.roles import coordinator
+
+    coordinator(settings)
+    return 0
+
+
+def _storage_node(arguments: list[str]) -> int:
+    from shoal.settings import StorageProcess
+
+    about = "Hold replicas of shards in a cluster. Each needs a data folder of its own."
+    settings = _process_settings("storage-node", about, StorageProcess, arguments)
+    from shoal.roles import storage_node
+
+    storage_node(settings)
+    return 0
+
+
+def _index_node(arguments: list[str]) -> int:
+    from shoal.settings import IndexProcess
+
+    about = "Build indexes for the storage nodes of a cluster. It keeps nothing."
+    settings = _process_settings("index-node", about, IndexProcess, arguments)
+    from shoal.roles import index_node
+
+    index_node(settings)
+    return 0
+
+
+def _monitor(arguments: list[str]) -> int:
+    from shoal.settings import MonitorProcess
+
+    about = "Watch over a cluster and repair it. One leads; run two, so that another can take over."
+    settings = _process_settings("monitor", about, MonitorProcess, arguments)
+    from shoal.roles import monitor
+
+    monitor(settings)
     return 0
 
 
 def _settings(arguments: list[str]) -> int:
+    from shoal.settings import PROCESSES
+
+    # The role decides which flags there are, so it is looked for before they are parsed.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--role", default="serve")
+    role = first.parse_known_args(arguments)[0].role
     parser = Parser(
         "shoal settings",
-        f"Show what `shoal serve` with the same flags would use, and where it comes from.\n"
-        f"{_PRECEDENCE} Keys are not shown.",
+        f"Show what `shoal serve`, or the process of that role, would use with the same flags, and "
+        f"where it comes from.\n{_PRECEDENCE} Keys are not shown.",
     )
-    _add_settings(parser)
-    loaded = _load_settings(parser.parse_args(arguments))
-    from shoal.settings import display
+    parser.add_argument("--role", choices=list(PROCESSES), help="Whose settings [default serve].")
+    process = PROCESSES.get(role, PROCESSES["serve"])
+    _add_settings(parser, process)
+    loaded = _load_settings(parser.parse_args(arguments), process)
+    from shoal.configuration import display
 
     for name, origin in loaded.origins.items():
         print(f"{name} = {display(name, getattr(loaded.settings, name))}  # {origin}")
+    return 0
+
+
+def _health(arguments: list[str]) -> int:
+    parser = Parser(
+        "shoal health",
+        "Ask a process of Shoal on this machine whether it is ready: exit status 0 or 1.",
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        help="Where it writes server.json or node.json: its data or run folder "
+        "[default: SHOAL_RUN_DIR, else SHOAL_DATA_DIR].",
+    )
+    folder = parser.parse_args(arguments).folder
+    from shoal.announcement import ask_health
+
+    print(ask_health(folder))
+    return 0
+
+
+def _cluster(arguments: list[str]) -> int:
+    parser = Parser(
+        "shoal cluster",
+        "A whole cluster on this machine, as processes of their own, to try it out.\n"
+        "  up      start what does not run, and wait until everything is ready\n"
+        "  down    stop it; the data stays\n"
+        "  status  list the processes",
+    )
+    parser.add_argument("action", choices=["up", "down", "status"])
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("cluster-data"),
+        help="Where it keeps data, logs and process ids [default cluster-data].",
+    )
+    parsed = parser.parse_args(arguments)
+    from shoal.local_cluster import command
+
+    command(parsed.action, parsed.dir, print)
     return 0
 
 
@@ -190,6 +291,12 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "serve": ("run the server: everything in one process", _serve),
     "demo": ("index Python's own documentation and ask it questions", _demo),
     "import": ("load a Parquet, JSONL, CSV or .npy file into a collection", _import),
+    "cluster": ("start, stop and list a cluster on this machine", _cluster),
+    "coordinator": ("in a cluster: answer the public APIs", _coordinator),
+    "storage-node": ("in a cluster: hold replicas of shards", _storage_node),
+    "index-node": ("in a cluster: build indexes", _index_node),
+    "monitor": ("in a cluster: fail over and repair", _monitor),
     "settings": ("show the effective settings and where each comes from", _settings),
+    "health": ("ask a process on this machine whether it is ready", _health),
     "version": ("print the version", _version),
 }

@@ -1,23 +1,20 @@
-"""Every setting of `shoal serve`, described once; flags, variables and files are made from here.
+"""Every setting of every process, described once; flags, variables, files and the tables of the
+documents are made from here (shoal/configuration.py reads them).
 
-A setting named `http_port` is the flag `--http-port`, the variable `SHOAL_HTTP_PORT` and the key
-`http_port` of the TOML file that `--config` or `SHOAL_CONFIG` names. Flags win over variables,
-variables over the file, the file over the defaults. Each part of Shoal asks for the small model
-that it needs (`StorageSettings`, ...); `ServeSettings` is all of them together.
+Each part of Shoal asks for the small model that it needs (`StorageSettings`, ...); a process has all
+that its parts need:
 
-Whatever is wrong raises `SettingsError` with a sentence: which setting, where it came from, why it
-is wrong, what would be right. A name that nobody knows is an error too: a setting that is silently
-ignored is found out on the worst day. The value of a secret is never in a message.
+    serve           ServeSettings         one machine, everything in one process
+    coordinator     CoordinatorProcess  \
+    storage-node    StorageProcess       |  the processes of a cluster: they share ClusterSettings,
+    index-node      IndexProcess         |  and one file with settings may serve all of them
+    monitor         MonitorProcess      /
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,38 +24,40 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 from shoal import limits
-from shoal.errors import SettingsError
 
 __all__ = [
-    "CONFIG_VARIABLE",
     "ENV_PREFIX",
-    "SETTING_NAMES",
+    "PROCESSES",
+    "ClusterSettings",
+    "CoordinatorProcess",
     "CoordinatorSettings",
+    "DataSettings",
     "EncoderSettings",
-    "LoadedSettings",
+    "GrpcSettings",
+    "HttpSettings",
+    "IndexProcess",
+    "MonitorProcess",
+    "MonitorSettings",
+    "Process",
+    "ProcessSettings",
     "ServeSettings",
+    "StorageProcess",
     "StorageSettings",
-    "display",
-    "load_settings",
-    "nearest",
+    "names_passed_over",
+    "setting_names",
 ]
 
 ENV_PREFIX = "SHOAL_"
-CONFIG_VARIABLE = "SHOAL_CONFIG"  # names the TOML file; no setting itself
-FAULT_VARIABLE_PREFIX = "SHOAL_FAULT"  # read by fault points in crash tests, never by settings
-
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {unit + "B": size for unit, size in _UNITS.items() if unit not in ("", "B")}
@@ -83,23 +82,20 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _setting(default: object = ..., *, right: str, about: str, **bounds: Any) -> Any:
-    """A documented field. `right` says what a right value looks like: "a port from 0 to 65535"."""
-    if callable(default):
-        return Field(
-            default_factory=default,
-            description=about,
-            json_schema_extra={"right": right},
-            validate_default=True,
-            **bounds,
-        )
-    return Field(
-        default,
-        description=about,
-        json_schema_extra={"right": right},
-        validate_default=True,
+def _setting(
+    default: object = ..., *, right: str, about: str, cluster: bool = False, **bounds: Any
+) -> Any:
+    """A documented field. `right` says what a right value looks like: "a port from 0 to 65535".
+    cluster: means something between several machines only; `shoal serve` does not offer it."""
+    documented: dict[str, Any] = {
+        "description": about,
+        "json_schema_extra": {"right": right, "cluster": cluster},
+        "validate_default": True,
         **bounds,
-    )
+    }
+    if callable(default):
+        return Field(default_factory=default, **documented)
+    return Field(default, **documented)
 
 
 class StorageSettings(BaseModel):
@@ -141,6 +137,23 @@ class StorageSettings(BaseModel):
         about="Memory for the results of filters, so that a filter that is asked again costs "
         "almost nothing.",
         ge=0,
+    )
+    replica_timeout_s: float = _setting(
+        3.0,
+        right="a number of seconds from 0.1 to 60",
+        about="A replica that does not confirm writes for so long is taken out of the in-sync set, "
+        "and writes go on without it.",
+        cluster=True,
+        ge=0.1,
+        le=60,
+    )
+    transfer_bytes_per_s_max: Bytes = _setting(
+        64 * limits.MIB,
+        right="a size of at least 64KiB, such as 64MiB",
+        about="How fast this node fetches the files of a replica that it is given, all together, "
+        "so that searches and writes keep their share of the network.",
+        cluster=True,
+        ge=64 * limits.KIB,
     )
 
 
@@ -187,18 +200,78 @@ class CoordinatorSettings(BaseModel):
         ge=1,
         le=limits.SHARDS_PER_COLLECTION_MAX,
     )
+    default_replication_factor: int = _setting(
+        1,
+        right="a whole number from 1 to 16",
+        about="Copies of each shard of a new collection whose creator did not say how many; fewer "
+        "where fewer storage nodes run.",
+        cluster=True,
+        ge=1,
+        le=16,
+    )
 
 
-class ServeSettings(BaseSettings, CoordinatorSettings, EncoderSettings, StorageSettings):
-    """Everything that `shoal serve` can be told."""
+class MonitorSettings(BaseModel):
+    """What the monitor of a cluster needs to know."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    failover_grace_s: float = _setting(
+        1.0,
+        right="a number of seconds from 0 to 60",
+        about="How long a node may be without its lease before the shards that it leads are led "
+        "by others.",
+        cluster=True,
+        ge=0,
+        le=60,
+    )
+    rereplicate_after_s: float = _setting(
+        60.0,
+        right="a number of seconds from 0 to 86400",
+        about="How long a shard may miss a replica before another node is given a new one: longer "
+        "than a restart takes.",
+        cluster=True,
+        ge=0,
+        le=86_400,
+    )
+
+
+class ProcessSettings(BaseModel):
+    """What every process can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info",
+        right="debug, info, warning or error",
+        about="How much is logged, to standard error.",
+    )
+    shutdown_grace_s: float = _setting(
+        30.0,
+        right="a number of seconds from 0 to 3600",
+        about="How long requests in flight may take to finish after SIGTERM or SIGINT.",
+        ge=0,
+        le=limits.REQUEST_TIMEOUT_S_MAX,
+    )
+
+
+class DataSettings(BaseModel):
+    """Of a process that keeps data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data_dir: Path = _setting(
         Path("shoal-data"),
         right="a folder that this user may write to; it is made if it is not there",
         about="Where everything is kept. One server at a time.",
     )
+
+
+class HttpSettings(BaseModel):
+    """Of a process that answers the public APIs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     http_host: str = _setting(
         "127.0.0.1",
         right="an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all",
@@ -208,8 +281,8 @@ class ServeSettings(BaseSettings, CoordinatorSettings, EncoderSettings, StorageS
     http_port: int = _setting(
         6333,
         right="a port from 0 to 65535",
-        about="The port to listen on; 0 picks a free one, which server.json in the data folder "
-        "then names.",
+        about="The port to listen on; 0 picks a free one, which server.json (in a cluster: "
+        "node.json) then names.",
         ge=0,
         le=65535,
     )
@@ -225,21 +298,9 @@ class ServeSettings(BaseSettings, CoordinatorSettings, EncoderSettings, StorageS
         about="A second key, which may read and not write.",
         min_length=1,
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info",
-        right="debug, info, warning or error",
-        about="How much is logged, to standard error.",
-    )
-    shutdown_grace_s: float = _setting(
-        30.0,
-        right="a number of seconds from 0 to 3600",
-        about="How long requests in flight may take to finish after SIGTERM or SIGINT.",
-        ge=0,
-        le=limits.REQUEST_TIMEOUT_S_MAX,
-    )
 
     @model_validator(mode="after")
-    def _keys_make_sense(self) -> ServeSettings:
+    def _keys_make_sense(self) -> HttpSettings:
         if self.read_only_api_key is not None:
             if self.api_key is None:
                 raise ValueError(
@@ -253,6 +314,155 @@ class ServeSettings(BaseSettings, CoordinatorSettings, EncoderSettings, StorageS
                 )
         return self
 
+
+class GrpcSettings(BaseModel):
+    """Of a process that answers gRPC: the public API, or what nodes ask of each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    grpc_host: str = _setting(
+        "127.0.0.1",
+        right="an address of this machine, such as 10.0.0.7, or 0.0.0.0 for all",
+        about="The address to listen on for gRPC. Other machines cannot reach the default.",
+        min_length=1,
+    )
+    grpc_port: int = _setting(
+        6334,
+        right="a port from 0 to 65535",
+        about="The port to listen on for gRPC; 0 picks a free one, which node.json then names.",
+        ge=0,
+        le=65535,
+    )
+
+
+_ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
+
+
+class ClusterSettings(BaseModel):
+    """What every process of a cluster needs to know: where metadata is, and who it is itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metadata: str = _setting(
+        "etcd://127.0.0.1:2379",
+        right="etcd:// and the members' addresses: etcd://host1:2379,host2:2379,host3:2379",
+        about="The etcd cluster that holds the metadata; name all of its members.",
+    )
+    cluster_name: str = _setting(
+        "shoal",
+        right="up to 64 letters, digits, dots, dashes and underscores",
+        about="Clusters of different names may share one etcd and know nothing of each other.",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+    )
+    node_id: str | None = _setting(
+        None,
+        right="up to 64 letters, digits, dots, dashes and underscores, unlike every other node's",
+        about="The name of this process in the cluster. Default: made of its role and the name of "
+        "the machine; a storage node keeps the one that it had first.",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+    )
+    zone: str = _setting(
+        "",
+        right="a text of up to 64 characters, such as eu-west-1a",
+        about="What may fail together with this machine: replicas of a shard are put in different "
+        "zones while there are enough.",
+        max_length=64,
+    )
+    advertise_host: str | None = _setting(
+        None,
+        right="a name or address that the other machines reach this one by",
+        about="What the others are told to connect to. Default: the address that it listens on, "
+        "and for 0.0.0.0 the name of the machine.",
+        min_length=1,
+    )
+    node_lease_s: int = _setting(
+        10,
+        right="a whole number of seconds from 1 to 300",
+        about="A process that does not reach the metadata for so long counts as gone. Below 10 "
+        "a busy etcd is taken for dead nodes; above, failover takes longer.",
+        ge=1,
+        le=300,
+    )
+    run_dir: Path | None = _setting(
+        None,
+        right="a folder that this user may write to; it is made if it is not there",
+        about="Where node.json is written when the process is ready: its pid, addresses and ports. "
+        "Default: the data folder of a storage node, nowhere for the others.",
+    )
+    etcd_ca_file: Path | None = _setting(
+        None,
+        right="a PEM file with certificates",
+        about="Who may have signed etcd's certificate. Given, etcd is spoken to over TLS.",
+    )
+    etcd_cert_file: Path | None = _setting(
+        None,
+        right="a PEM file with a certificate",
+        about="This process's own certificate, for an etcd that asks for one.",
+    )
+    etcd_key_file: Path | None = _setting(
+        None,
+        right="a PEM file with a private key",
+        about="The key of etcd_cert_file.",
+    )
+    etcd_user: str | None = _setting(
+        None,
+        right="a name that is not empty",
+        about="The user to log in to etcd as. Certificates are the better way: a login lives in "
+        "one member, and a failover asks for it again.",
+        min_length=1,
+    )
+    etcd_password: SecretStr | None = _setting(
+        None,
+        right="a text that is not empty",
+        about="The password of etcd_user.",
+        min_length=1,
+    )
+
+    @field_validator("metadata")
+    @classmethod
+    def _is_etcd(cls, value: str) -> str:
+        if not value.startswith("etcd://"):
+            raise ValueError("only etcd:// is known")
+        for endpoint in value.removeprefix("etcd://").split(","):
+            match = _ENDPOINT.fullmatch(endpoint)
+            if match is None or not 0 < int(match[2]) <= 65535:
+                raise ValueError(f"{endpoint!r} is no host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> ClusterSettings:
+        if (self.etcd_cert_file is None) != (self.etcd_key_file is None):
+            raise ValueError("etcd_cert_file and etcd_key_file go together: set both or neither")
+        if self.etcd_cert_file is not None and self.etcd_ca_file is None:
+            raise ValueError(
+                "etcd_cert_file is set and etcd_ca_file is not, so etcd would be spoken to "
+                "without TLS: set etcd_ca_file too"
+            )
+        if (self.etcd_user is None) != (self.etcd_password is None):
+            raise ValueError("etcd_user and etcd_password go together: set both or neither")
+        return self
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        """ "host:port" of every member."""
+        return tuple(self.metadata.removeprefix("etcd://").split(","))
+
+    @property
+    def metadata_prefix(self) -> str:
+        """In front of every key in etcd."""
+        return f"/shoal/{self.cluster_name}/"
+
+
+# -- processes -------------------------------------------------------------------------------------
+_CONFIG = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX)
+
+
+class Process(BaseSettings):
+    """All settings of one process. It takes only what `shoal.configuration` merged, which knows where
+    each value came from."""
+
+    model_config = _CONFIG
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -262,127 +472,119 @@ class ServeSettings(BaseSettings, CoordinatorSettings, EncoderSettings, StorageS
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load_settings` merged: it knows where each value came from."""
         return (init_settings,)
 
 
-SETTING_NAMES = (
-    *(name for name in ServeSettings.model_fields if name in ServeSettings.__annotations__),
-    *(name for name in ServeSettings.model_fields if name not in ServeSettings.__annotations__),
-)  # in the order to show them: where and how to serve first, then tuning
+# Settings are shown in the order of their classes from the last base to the first: where and how to
+# serve comes before tuning.
+class ServeSettings(
+    Process,
+    CoordinatorSettings,
+    EncoderSettings,
+    StorageSettings,
+    ProcessSettings,
+    HttpSettings,
+    DataSettings,
+):
+    """Everything that `shoal serve` can be told."""
+
+    model_config = _CONFIG
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedSettings:
-    """origins: setting -> "--http-port", "SHOAL_HTTP_PORT", "shoal.toml" or "default"."""
+class CoordinatorProcess(
+    Process,
+    CoordinatorSettings,
+    EncoderSettings,
+    ProcessSettings,
+    GrpcSettings,
+    HttpSettings,
+    ClusterSettings,
+):
+    """Everything that `shoal coordinator` can be told."""
 
-    settings: ServeSettings
-    origins: dict[str, str]
+    model_config = _CONFIG
 
-
-def display(name: str, value: object) -> str:
-    """A value for people, as the settings file would have it. Sizes in the largest whole unit;
-    of a secret only that it is set."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, SecretStr):
-        return "(set)"
-    if "bytes" in name and isinstance(value, int):
-        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-            if value and value % size == 0:
-                return f"{value // size}{unit}"
-    return str(value)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean X?" for the most similar of `names`, or "" when none is similar."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f" Did you mean {found[0]}?" if found else ""
+    default_replication_factor: int = _setting(
+        3,
+        right="a whole number from 1 to 16",
+        about="Copies of each shard of a new collection whose creator did not say how many; fewer "
+        "where fewer storage nodes run.",
+        cluster=True,
+        ge=1,
+        le=16,
+    )
 
 
-def load_settings(flags: Mapping[str, object], config: Path | None = None) -> LoadedSettings:
-    """Merge flags, environment variables, the settings file and defaults; check every value.
+class StorageProcess(
+    Process, StorageSettings, ProcessSettings, GrpcSettings, ClusterSettings, DataSettings
+):
+    """Everything that `shoal storage-node` can be told."""
 
-    flags    setting name -> value, only those that were given.
-    config   the TOML file of `--config`; None: the one that SHOAL_CONFIG names, or no file.
-    Raises   SettingsError.
-    """
-    if config is None and os.environ.get(CONFIG_VARIABLE):
-        config = Path(os.environ[CONFIG_VARIABLE])
-    layers: list[tuple[Mapping[str, object], Callable[[str], str]]] = [
-        ({} if config is None else _read_file(config), lambda _: str(config)),
-        (_read_variables(), lambda name: ENV_PREFIX + name.upper()),
-        (flags, lambda name: "--" + name.replace("_", "-")),
-    ]
-    values: dict[str, object] = {}
-    origins = dict.fromkeys(SETTING_NAMES, "default")
-    for layer, origin_of in layers:
-        for name, value in layer.items():
-            values[name], origins[name] = value, origin_of(name)
-    try:
-        return LoadedSettings(ServeSettings(**values), origins)  # type: ignore[arg-type]
-    except ValidationError as error:
-        raise SettingsError(_explain(error, values, origins)) from None
+    model_config = _CONFIG
+
+    grpc_port: int = _setting(
+        6335,
+        right="a port from 0 to 65535",
+        about="The port to listen on for gRPC; 0 picks a free one, which node.json then names.",
+        ge=0,
+        le=65535,
+    )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SettingsError(f"The settings file {path} does not exist.")
-    try:
-        values = TomlConfigSettingsSource(ServeSettings, toml_file=path)()
-    except OSError as error:
-        raise SettingsError(f"The settings file {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The settings file {path} is no valid TOML: {error}.") from None
-    for name in values:
-        if name not in ServeSettings.model_fields:
-            raise SettingsError(
-                f"The settings file {path} has {name}, which is no setting of Shoal."
-                + nearest(name, ServeSettings.model_fields)
-                + " `shoal settings` lists all."
-            )
-    return values
+class IndexProcess(Process, ProcessSettings, GrpcSettings, ClusterSettings):
+    """Everything that `shoal index-node` can be told."""
+
+    model_config = _CONFIG
+
+    grpc_port: int = _setting(
+        6336,
+        right="a port from 0 to 65535",
+        about="The port to listen on for gRPC; 0 picks a free one, which node.json then names.",
+        ge=0,
+        le=65535,
+    )
 
 
-def _read_variables() -> dict[str, Any]:
-    known = {ENV_PREFIX + name.upper() for name in ServeSettings.model_fields} | {CONFIG_VARIABLE}
-    for variable in os.environ:
-        if (
-            variable.startswith(ENV_PREFIX)
-            and not variable.startswith(FAULT_VARIABLE_PREFIX)
-            and variable not in known
-        ):
-            raise SettingsError(
-                f"The environment variable {variable} is no setting of Shoal."
-                + nearest(variable, known)
-                + " `shoal settings` lists all."
-            )
-    return EnvSettingsSource(ServeSettings)()
+class MonitorProcess(Process, MonitorSettings, ProcessSettings, GrpcSettings, ClusterSettings):
+    """Everything that `shoal monitor` can be told."""
+
+    model_config = _CONFIG
+
+    grpc_port: int = _setting(
+        6337,
+        right="a port from 0 to 65535",
+        about="The port to listen on for gRPC; 0 picks a free one, which node.json then names.",
+        ge=0,
+        le=65535,
+    )
 
 
-def _explain(
-    error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]
-) -> str:
-    """One sentence or two per wrong setting."""
-    sentences = []
-    for problem in error.errors(include_url=False):
-        why = problem["msg"].removeprefix("Value error, ")
-        if not problem["loc"]:
-            sentences.append(f"{why}.")
-            continue
-        name = str(problem["loc"][0])
-        extra = ServeSettings.model_fields[name].json_schema_extra
-        right = extra["right"] if isinstance(extra, dict) else ""
-        shown = "" if name.endswith("api_key") else f" {_shown(values.get(name))}"
-        sentences.append(
-            f"The setting {name} has a wrong value{shown} (from {origins[name]}): "
-            f"{why[:1].lower() + why[1:]}. It should be {right}."
-        )
-    return " ".join(sentences)
+PROCESSES: dict[str, type[Process]] = {
+    "serve": ServeSettings,
+    "coordinator": CoordinatorProcess,
+    "storage-node": StorageProcess,
+    "index-node": IndexProcess,
+    "monitor": MonitorProcess,
+}
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def setting_names(process: type[Process]) -> tuple[str, ...]:
+    """The settings that this process offers, in the order to show them."""
+    names = []
+    for name, field in process.model_fields.items():
+        extra = field.json_schema_extra
+        in_cluster_only = isinstance(extra, dict) and extra["cluster"]
+        if not in_cluster_only or process is not ServeSettings:
+            names.append(name)
+    return tuple(names)
+
+
+def names_passed_over(process: type[Process]) -> frozenset[str]:
+    """Names that this process passes over: settings of the other processes of a cluster, so that
+    one file, or one set of variables, is enough for all. `shoal serve` passes over none: who sets
+    them there expects a cluster, and would not have one."""
+    if process is ServeSettings:
+        return frozenset()
+    others = (other for other in PROCESSES.values() if other is not ServeSettings)
+    names = {name for other in others for name in setting_names(other)}
+    return frozenset(names - set(setting_names(process)))

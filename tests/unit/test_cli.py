@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from shoal import cli
+from shoal.settings import PROCESSES, setting_names
 from shoal.version import VERSION
 
 
 def test_overview_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("serve", "demo", "import", "settings", "version"):
+    for command in ("serve", "demo", "import", "cluster", "storage-node", "settings", "version"):
         assert f"  {command} " in shown
     assert cli.main([]) == 2
 
@@ -55,16 +56,36 @@ def test_settings_show_value_and_origin(capsys, tmp_path):
     assert "hidden" not in shown
 
 
-def test_serve_help_describes_every_setting(capsys):
-    from shoal.settings import SETTING_NAMES
-
+@pytest.mark.parametrize("command", sorted(PROCESSES))
+def test_help_describes_every_setting(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["serve", "--help"])
+        cli.main([command, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for name in SETTING_NAMES:
+    for name in setting_names(PROCESSES[command]):
         assert "--" + name.replace("_", "-") in shown
         assert "SHOAL_" + name.upper() in shown
+
+
+def test_settings_of_a_role(capsys):
+    arguments = ["settings", "--role", "monitor", "--rereplicate-after-s", "5"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "rereplicate_after_s = 5.0  # --rereplicate-after-s" in shown
+    assert "grpc_port = 6337  # default" in shown
+    assert "http_port" not in shown
+
+
+def test_settings_of_an_unknown_role(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["settings", "--role", "moniter"])
+    assert caught.value.code == 2
+    assert "monitor" in capsys.readouterr().err
+
+
+def test_health_of_nobody(capsys, tmp_path):
+    assert cli.main(["health", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy():

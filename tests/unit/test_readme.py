@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from shoal.settings import SETTING_NAMES, ServeSettings, display
+from shoal.configuration import display
+from shoal.settings import ServeSettings, setting_names
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TABLE = re.compile(r"(<!-- settings:[^\n]*-->\n).*?(<!-- /settings -->)", re.DOTALL)
@@ -18,7 +19,7 @@ TABLE = re.compile(r"(<!-- settings:[^\n]*-->\n).*?(<!-- /settings -->)", re.DOT
 
 def settings_table() -> str:
     rows = ["| Setting | Default | |", "|---|---|---|"]
-    for name in SETTING_NAMES:
+    for name in setting_names(ServeSettings):
         field = ServeSettings.model_fields[name]
         if field.default_factory is not None:
             shown = "by cores"

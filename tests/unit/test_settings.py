@@ -6,14 +6,17 @@ import os
 
 import pytest
 
+from shoal.configuration import display, load_settings
 from shoal.errors import SettingsError
 from shoal.settings import (
     ENV_PREFIX,
-    SETTING_NAMES,
+    PROCESSES,
+    CoordinatorProcess,
+    MonitorProcess,
     ServeSettings,
+    StorageProcess,
     StorageSettings,
-    display,
-    load_settings,
+    setting_names,
 )
 
 
@@ -128,10 +131,11 @@ def test_fault_points_are_no_settings(monkeypatch):
     load_settings({})
 
 
-def test_every_setting_is_documented():
-    assert set(SETTING_NAMES) == set(ServeSettings.model_fields)
-    for name in SETTING_NAMES:
-        field = ServeSettings.model_fields[name]
+@pytest.mark.parametrize("command", sorted(PROCESSES))
+def test_every_setting_is_documented(command):
+    process = PROCESSES[command]
+    for name in setting_names(process):
+        field = process.model_fields[name]
         assert (field.description or "").endswith("."), name
         assert field.json_schema_extra["right"], name
 
@@ -153,3 +157,62 @@ def test_parts_take_the_whole_for_their_own():
 )
 def test_display(name, value, shown):
     assert display(name, value) == shown
+
+
+# -- processes of a cluster ------------------------------------------------------------------------
+
+
+def test_one_file_and_one_environment_serve_all_processes_of_a_cluster(tmp_path, monkeypatch):
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        'metadata = "etcd://a:2379,[::1]:2380"\nrereplicate_after_s = 5\nhttp_port = 7000\n'
+    )
+    monkeypatch.setenv("SHOAL_SEAL_BYTES", "1MiB")
+    coordinator = load_settings({}, file, CoordinatorProcess).settings
+    storage = load_settings({}, file, StorageProcess).settings
+    monitor = load_settings({}, file, MonitorProcess).settings
+    assert coordinator.etcd_endpoints == ("a:2379", "[::1]:2380")
+    assert (coordinator.http_port, storage.seal_bytes) == (7000, 1 << 20)
+    assert monitor.rereplicate_after_s == 5
+    assert "seal_bytes" not in load_settings({}, file, MonitorProcess).origins
+
+
+def test_a_single_server_refuses_the_settings_of_a_cluster(monkeypatch):
+    monkeypatch.setenv("SHOAL_METADATA", "etcd://a:1")
+    with pytest.raises(SettingsError, match="SHOAL_METADATA is no setting of `shoal serve`"):
+        load_settings({})
+
+
+def test_a_name_that_no_process_knows_is_refused_by_each(tmp_path):
+    file = tmp_path / "cluster.toml"
+    file.write_text("rereplicate_afters = 5")
+    with pytest.raises(SettingsError, match="Did you mean rereplicate_after_s") as caught:
+        load_settings({}, file, StorageProcess)
+    assert "`shoal settings --role storage-node`" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"metadata": "a:2379"}, ["metadata", "only etcd:// is known", "etcd://host1:2379"]),
+        ({"metadata": "etcd://a:2379,b"}, ["'b' is no host:port"]),
+        ({"metadata": "etcd://a:0"}, ["'a:0' is no host:port"]),
+        ({"node_id": "s 1"}, ["node_id", "letters"]),
+        ({"cluster_name": ""}, ["cluster_name", "letters"]),
+        ({"etcd_cert_file": "c.pem"}, ["etcd_key_file go together"]),
+        ({"etcd_cert_file": "c", "etcd_key_file": "k"}, ["set etcd_ca_file too"]),
+        ({"etcd_user": "u"}, ["etcd_password go together"]),
+        ({"node_lease_s": "0"}, ["node_lease_s", "1 to 300"]),
+    ],
+)
+def test_what_is_wrong_with_a_cluster_is_told(flags, told):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(flags, None, StorageProcess)
+    for part in told:
+        assert part in caught.value.message
+
+
+def test_the_password_is_never_shown():
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"etcd_user": "u", "etcd_password": 12345678}, None, StorageProcess)
+    assert "12345678" not in caught.value.message
