@@ -72,7 +72,6 @@ bench: $(STAMP)
 
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. $$(find proto -name '*.proto')
-	test ! -d proto/shoal/v1 || $(BIN)/python -m grpc_tools.protoc -Iproto --grpc_python_out=. $$(find proto/shoal/v1 -name '*.proto')
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

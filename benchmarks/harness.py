@@ -91,7 +91,7 @@ class Server:
         self._environment = {**inherited, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: http.client.HTTPConnection | None = None
-        self.port = 0
+        self.port = self.grpc_port = 0
         self.peak_bytes = 0  # the most seen by `settle`, with children
 
     def __enter__(self) -> Self:
@@ -124,6 +124,7 @@ class Server:
         began = time.monotonic()
         command = [sys.executable, "-m", "shoal", "serve", "--data-dir", str(self.data_dir)]
         command += ["--http-host", "127.0.0.1", "--http-port", "0"]
+        command += ["--grpc-port", "0"]
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment, stdout=log, stderr=log
@@ -138,6 +139,7 @@ class Server:
                 found = {}
             if found.get("pid") == self._process.pid:
                 self.port = int(found["http_port"])
+                self.grpc_port = int(found["grpc_port"])
                 self.call("GET", "/readyz")
                 return time.monotonic() - began
             time.sleep(0.002)

@@ -21,7 +21,9 @@ import uvloop
 from pydantic import SecretStr
 
 from coordinator.app import create_app
+from coordinator.grpc_api import GrpcApi
 from coordinator.one_write import OneWriteProtocol
+from coordinator.router import LocalNodes, Router
 from coordinator.service import Coordinator
 from encoder.service import LocalEncoder
 from index_node.builder import ProcessBuilder
@@ -30,7 +32,9 @@ from shoal import telemetry
 from shoal.data_dir import DataDirectory, ServerInfo
 from shoal.encoder_api import Encoder
 from shoal.errors import ShoalError
+from shoal.local_node import LocalNode
 from shoal.metadata.embedded import EmbeddedStore
+from shoal.metadata.schema import LOCAL_NODE
 from shoal.serving import HttpServer, Stop, bound_socket
 from shoal.settings import ServeSettings
 from shoal.version import VERSION
@@ -52,8 +56,10 @@ def serve(settings: ServeSettings) -> None:
     with (
         DataDirectory(settings.data_dir) as directory,
         bound_socket(settings.http_host, settings.http_port) as listener,
+        bound_socket(settings.grpc_host, settings.grpc_port, kind="grpc") as grpc_port,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        grpc_port.close()  # it can be had; gRPC binds it itself
         runner.run(_serve(settings, directory, listener))
 
 
@@ -74,11 +80,15 @@ async def _serve(
         encoder = _encoder(settings)
         if encoder is not None:
             stack.push_async_callback(encoder.close)
-        coordinator = Coordinator(store=store, storage=storage, encoder=encoder, settings=settings)
+        local = LocalNode(storage, lambda: [spec.key for spec in coordinator.shard_specs()])
+        router = Router(store, LocalNodes(LOCAL_NODE, local), local=LOCAL_NODE)
+        await router.start()
+        stack.push_async_callback(router.close)
+        coordinator = Coordinator(store=store, storage=router, encoder=encoder, settings=settings)
         await coordinator.start()
         stack.push_async_callback(coordinator.close)
         await storage.start(coordinator.shard_specs())
-        monitor = Monitor(storage, coordinator.shard_specs, directory.path, settings)
+        monitor = Monitor(router, coordinator.shard_specs, directory.path, settings)
         stack.push_async_callback(monitor.close)
         await monitor.start()
 
@@ -88,7 +98,16 @@ async def _serve(
             api_key=_plain(settings.api_key),
             read_only_api_key=_plain(settings.read_only_api_key),
         )
-        info = ServerInfo(os.getpid(), settings.http_host, listener.getsockname()[1], VERSION)
+        grpc_api = GrpcApi(
+            coordinator,
+            api_key=_plain(settings.api_key),
+            read_only_api_key=_plain(settings.read_only_api_key),
+        )
+        grpc_port = await grpc_api.start(settings.grpc_host, settings.grpc_port)
+        stack.push_async_callback(grpc_api.close, settings.shutdown_grace_s)
+        info = ServerInfo(
+            os.getpid(), settings.http_host, listener.getsockname()[1], VERSION, grpc_port
+        )
 
         def ready() -> None:
             gc.collect()
@@ -103,6 +122,9 @@ async def _serve(
         stack.callback(directory.withdraw)
         stop.call(lambda _: monitor.set_ready(False))
         stop.call(server.stop)
+        stop.call(
+            lambda at_once: grpc_api.begin_close(0.0 if at_once else settings.shutdown_grace_s)
+        )
         if encoder is not None and settings.encoder_preload:
             loading = asyncio.create_task(_preload(encoder), name="preload")
             stack.callback(loading.cancel)

@@ -2,7 +2,7 @@
 
     FORMAT            "shoal data, format 1"; a newer number is refused
     LOCK              held by flock while a server runs; the kernel frees it when the process ends
-    server.json       {"pid", "http_host", "http_port", "version"} while requests are answered
+    server.json       {"pid", "http_host", "http_port", "grpc_port", ...} while requests are answered
     server.log        of a server that `shoal demo` started
     metadata.sqlite   the catalog
     shards/<collection id>/<shard>/
@@ -37,6 +37,7 @@ class ServerInfo:
     http_host: str
     http_port: int
     version: str
+    grpc_port: int = 0
 
     @property
     def url(self) -> str:

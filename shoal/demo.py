@@ -68,6 +68,7 @@ STOP_S_MAX = 40.0
 REQUEST_TIMEOUT_S = 120.0
 
 SERVER_LOG = "server.log"
+DEFAULT_PORT = 6333
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--data-dir", type=Path, default=Path("shoal-data"), help="[default shoal-data]"
     )
-    parser.add_argument("--http-port", type=int, default=6333, help="[default 6333]")
+    parser.add_argument("--http-port", type=int, default=DEFAULT_PORT, help="[default %(default)s]")
     given = parser.parse_args(arguments)
     console = Console(highlight=False)
     with _ended_by_signals():
@@ -400,6 +401,8 @@ class _Server:
                     *(sys.executable, "-m", "shoal", "serve"),
                     *("--data-dir", str(self._data_dir)),
                     *("--http-port", str(self._port)),
+                    # one that runs beside another server must not stumble over its gRPC port
+                    *(() if self._port == DEFAULT_PORT else ("--grpc-port", "0")),
                     *("--encoder-preload", "true"),
                     *("--encoder-threads", str(os.cpu_count() or 1)),
                 ],

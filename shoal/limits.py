@@ -49,6 +49,8 @@ SHARDS_PER_COLLECTION_MAX = 64
 LOG_GROUP_BYTES_MAX = 8 * MIB  # one fsync; more waiting writes form the next group
 LOG_QUEUE_ENTRIES_MAX = 1_024  # waiting writes of one shard before it answers 429
 LOG_QUEUE_BYTES_MAX = 64 * MIB
+LOG_RETAIN_BYTES = 64 * MIB  # kept beyond need for replicas that were away; 0 where there is one
+LOG_TERMS_MAX = 64  # whose beginnings are known; older ones lie under everybody's committed prefix
 DISK_FREE_BYTES_MIN = 64 * MIB  # below, writes get 507: what is left lets a seal or merge finish
 
 # -- segments -------------------------------------------------------------------------------------
@@ -85,12 +87,16 @@ ASKED_AT_ONCE_MAX = 64  # nodes that the monitor asks for their state at the sam
 STORY_ACTIONS_MAX = 200  # that the monitor remembers, for people
 
 # -- between nodes --------------------------------------------------------------------------------
-RPC_MESSAGE_BYTES_MAX = 256 * MIB  # one request or answer: above any body (BODY_BYTES_MAX) as columns
+RPC_MESSAGE_BYTES_MAX = (
+    256 * MIB
+)  # one request or answer: above any body (BODY_BYTES_MAX) as columns
 RPC_FRAMES_BYTES = 1 * MIB  # small requests travel together up to this; a larger one goes alone
 RPC_IN_FLIGHT_MAX = 1_024  # requests of one process to one node before it says Busy
 RPC_QUEUE_BYTES_MAX = 256 * MIB  # of those, not yet sent
 RPC_SERVER_IN_FLIGHT_MAX = 4_096  # requests of all callers in one node before it says Busy
-RPC_SERVER_ANSWER_BYTES_MAX = 64 * MIB  # finished and not yet taken: then its caller is read no further
+RPC_SERVER_ANSWER_BYTES_MAX = (
+    64 * MIB
+)  # finished and not yet taken: then its caller is read no further
 BUS_QUEUE_MESSAGES_MAX = 8_192  # waiting for one peer; more are dropped, the replica sends again
 BUS_QUEUE_BYTES_MAX = 64 * MIB
 ERROR_TEXT_BYTES_MAX = 2 * KIB  # of an error in gRPC metadata, which holds 8 KiB in all

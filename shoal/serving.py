@@ -105,33 +105,37 @@ class HttpServer(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A TCP socket on the address, not yet listening. Raises StartupError."""
+def bound_socket(host: str, port: int, *, kind: str = "http") -> Iterator[socket.socket]:
+    """A TCP socket on the address, not yet listening. Raises StartupError.
+
+    kind: of the settings to name, "http" or "grpc". gRPC binds its port itself, later; binding one
+    here and letting go of it tells at once, and in a sentence, that it cannot be had.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, sort, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
         raise StartupError(
-            f"The setting http_host is {host!r}, which is no address of this machine: "
+            f"The setting {kind}_host is {host!r}, which is no address of this machine: "
             f"{error.strerror}. Use 127.0.0.1 for this machine only, or 0.0.0.0 for all."
         ) from error
-    with socket.socket(family, kind, protocol) as listener:
+    with socket.socket(family, sort, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
-            raise StartupError(_why_not_bound(host, port, error)) from error
+            raise StartupError(_why_not_bound(host, port, kind, error)) from error
         yield listener
 
 
-def _why_not_bound(host: str, port: int, error: OSError) -> str:
+def _why_not_bound(host: str, port: int, kind: str, error: OSError) -> str:
     where = f"{host}, port {port},"
     if error.errno == errno.EADDRINUSE:
         return (
-            f"Another program listens on {where} already. Stop it, or give another --http-port "
+            f"Another program listens on {where} already. Stop it, or give another --{kind}-port "
             "(0 picks a free one)."
         )
     if error.errno == errno.EACCES:
         return f"This user may not listen on {where} use a port from 1024 up."
-    return f"Cannot listen on {where} because: {error.strerror}. Check --http-host."
+    return f"Cannot listen on {where} because: {error.strerror}. Check --{kind}-host."

@@ -483,6 +483,7 @@ class ServeSettings(
     EncoderSettings,
     StorageSettings,
     ProcessSettings,
+    GrpcSettings,
     HttpSettings,
     DataSettings,
 ):

@@ -62,6 +62,7 @@ class Server:
         self.log_path = data_dir.with_name(data_dir.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
+        self.grpc = ""  # host:port
 
     # -- life -------------------------------------------------------------------------------------
     def start(self) -> Server:
@@ -78,8 +79,9 @@ class Server:
         while True:
             if self.exit_within(0.02) is not None:
                 return False
-            if (port := self._ready_port(ready)) is not None:
-                self.url = f"http://127.0.0.1:{port}"
+            if (said := self._announced(ready)) is not None:
+                self.url = f"http://127.0.0.1:{said['http_port']}"
+                self.grpc = f"127.0.0.1:{said['grpc_port']}"
                 return True
             if time.monotonic() > deadline:
                 self.kill9()
@@ -89,7 +91,7 @@ class Server:
         """Start the process and do not wait for it."""
         assert not self.running, "this server runs already"
         command = [sys.executable, "-m", "shoal", "serve", "--data-dir", str(self.data_dir)]
-        flags = {"http_port": 0, **self.settings}
+        flags = {"http_port": 0, "grpc_port": 0, **self.settings}
         for name, value in flags.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SHOAL_")}
@@ -100,14 +102,14 @@ class Server:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
 
-    def _ready_port(self, ready: Path) -> int | None:
-        """The port, once server.json is of this very process (one killed leaves its own behind)."""
+    def _announced(self, ready: Path) -> dict[str, Any] | None:
+        """server.json, once it is of this very process (one killed leaves its own behind)."""
         assert self.process is not None
         try:
-            said = json.loads(ready.read_bytes())
+            said: dict[str, Any] = json.loads(ready.read_bytes())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return int(said["http_port"]) if said["pid"] == self.process.pid else None
+        return said if said["pid"] == self.process.pid else None
 
     def kill9(self) -> None:
         """As a power cut for the process: no handler runs."""

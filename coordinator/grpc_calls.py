@@ -1,0 +1,191 @@
+"""One function per RPC of proto/shoal/v1: a coordinator and a message in, a message out.
+
+The streams are not here, only what one item of theirs asks for; see coordinator/grpc_api.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from google.protobuf.message import Message
+
+from coordinator import grpc_parse as parse
+from coordinator.describe import describe_collection
+from coordinator.grpc_render import (
+    render_collection,
+    render_hits,
+    render_retrieved,
+    render_scroll,
+)
+from coordinator.requests import AnyWrite
+from coordinator.service import Coordinator
+from shoal.errors import BadRequest, NotFound
+from shoal.limits import GRPC_STREAM_SEARCHES_MAX, MIB
+from shoal.v1 import collections_pb2, points_pb2
+from shoal.vectors import VectorFields
+
+__all__ = ["CALLS", "UnaryCall", "search", "upsert"]
+
+# As for HTTP: larger batches are read in another thread, so that searches get a turn in between.
+_PARSE_INLINE_BYTES_MAX = 4 * MIB
+
+
+# -- collections ----------------------------------------------------------------------------------
+async def _create(
+    coordinator: Coordinator, request: collections_pb2.CreateCollectionRequest
+) -> collections_pb2.CreateCollectionResponse:
+    await coordinator.catalog.create(request.name, parse.collection_config(request.config))
+    return collections_pb2.CreateCollectionResponse()
+
+
+async def _get(
+    coordinator: Coordinator, request: collections_pb2.GetCollectionRequest
+) -> collections_pb2.CollectionInfo:
+    collection = await coordinator.catalog.find(request.name)
+    infos = await coordinator.infos(collection)
+    return render_collection(collection, describe_collection(collection, infos, {}))
+
+
+async def _list(
+    coordinator: Coordinator, request: collections_pb2.ListCollectionsRequest
+) -> collections_pb2.ListCollectionsResponse:
+    return collections_pb2.ListCollectionsResponse(names=coordinator.catalog.names())
+
+
+async def _delete_collection(
+    coordinator: Coordinator, request: collections_pb2.DeleteCollectionRequest
+) -> collections_pb2.DeleteCollectionResponse:
+    deleted = await coordinator.catalog.delete(request.name)
+    return collections_pb2.DeleteCollectionResponse(deleted=deleted)
+
+
+async def _exists(
+    coordinator: Coordinator, request: collections_pb2.CollectionExistsRequest
+) -> collections_pb2.CollectionExistsResponse:
+    try:
+        await coordinator.catalog.find(request.name)
+    except NotFound:
+        return collections_pb2.CollectionExistsResponse(exists=False)
+    return collections_pb2.CollectionExistsResponse(exists=True)
+
+
+# -- points: reads --------------------------------------------------------------------------------
+async def search(
+    coordinator: Coordinator, request: points_pb2.SearchRequest
+) -> points_pb2.SearchResponse:
+    collection = await coordinator.catalog.find(request.collection)
+    query, read = parse.query_of(request), parse.read_of(request.read)
+    return render_hits(await coordinator.query(collection, query, read))
+
+
+async def _search_batch(
+    coordinator: Coordinator, request: points_pb2.SearchBatchRequest
+) -> points_pb2.SearchBatchResponse:
+    if len(request.searches) > GRPC_STREAM_SEARCHES_MAX:
+        raise BadRequest(
+            f"Wrong input: {len(request.searches)} searches in one request, the most is "
+            f"{GRPC_STREAM_SEARCHES_MAX}: send several, or use SearchStream"
+        )
+    outcomes = await asyncio.gather(
+        *(search(coordinator, one) for one in request.searches), return_exceptions=True
+    )
+    answer = points_pb2.SearchBatchResponse()
+    for outcome in outcomes:  # all have ended by now
+        if isinstance(outcome, BaseException):
+            raise outcome
+        answer.results.append(outcome)
+    return answer
+
+
+async def _scroll(
+    coordinator: Coordinator, request: points_pb2.ScrollRequest
+) -> points_pb2.ScrollResponse:
+    collection = await coordinator.catalog.find(request.collection)
+    query, read = parse.scroll_of(request), parse.read_of(request.read)
+    return render_scroll(*await coordinator.scroll(collection, query, read))
+
+
+async def _retrieve(
+    coordinator: Coordinator, request: points_pb2.RetrieveRequest
+) -> points_pb2.RetrieveResponse:
+    collection = await coordinator.catalog.find(request.collection)
+    wanted, read = parse.retrieve_of(request), parse.read_of(request.read)
+    return render_retrieved(await coordinator.retrieve(collection, wanted, read))
+
+
+async def _count(
+    coordinator: Coordinator, request: points_pb2.CountRequest
+) -> points_pb2.CountResponse:
+    collection = await coordinator.catalog.find(request.collection)
+    wanted, read = parse.filter_of(request.filter), parse.read_of(request.read)
+    return points_pb2.CountResponse(count=await coordinator.count(collection, wanted, read))
+
+
+# -- points: writes -------------------------------------------------------------------------------
+async def _write(
+    read: Callable[[Any, VectorFields], AnyWrite], coordinator: Coordinator, request: Any
+) -> points_pb2.WriteResult:
+    collection = await coordinator.catalog.find(request.collection)
+    if request.ByteSize() > _PARSE_INLINE_BYTES_MAX:
+        write = await asyncio.to_thread(read, request, collection.fields)
+    else:
+        write = read(request, collection.fields)
+    written = await coordinator.write(collection, write)
+    return points_pb2.WriteResult(
+        operation_id=written.operation,
+        status=(
+            points_pb2.UPDATE_STATUS_COMPLETED
+            if request.wait
+            else points_pb2.UPDATE_STATUS_ACKNOWLEDGED
+        ),
+        token=written.token,
+    )
+
+
+upsert = partial(_write, parse.upsert)
+
+
+# -- the table ------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class UnaryCall:
+    """writes: refused to the read-only key."""
+
+    request: type[Message]
+    function: Callable[[Coordinator, Any], Awaitable[Message]]
+    writes: bool = False
+
+
+def _writes(request: type[Message], read: Callable[[Any, VectorFields], AnyWrite]) -> UnaryCall:
+    return UnaryCall(request, partial(_write, read), writes=True)
+
+
+CALLS: dict[str, UnaryCall] = {
+    "shoal.v1.Collections/Create": UnaryCall(
+        collections_pb2.CreateCollectionRequest, _create, writes=True
+    ),
+    "shoal.v1.Collections/Get": UnaryCall(collections_pb2.GetCollectionRequest, _get),
+    "shoal.v1.Collections/List": UnaryCall(collections_pb2.ListCollectionsRequest, _list),
+    "shoal.v1.Collections/Delete": UnaryCall(
+        collections_pb2.DeleteCollectionRequest, _delete_collection, writes=True
+    ),
+    "shoal.v1.Collections/Exists": UnaryCall(collections_pb2.CollectionExistsRequest, _exists),
+    "shoal.v1.Points/Search": UnaryCall(points_pb2.SearchRequest, search),
+    "shoal.v1.Points/SearchBatch": UnaryCall(points_pb2.SearchBatchRequest, _search_batch),
+    "shoal.v1.Points/Scroll": UnaryCall(points_pb2.ScrollRequest, _scroll),
+    "shoal.v1.Points/Retrieve": UnaryCall(points_pb2.RetrieveRequest, _retrieve),
+    "shoal.v1.Points/Count": UnaryCall(points_pb2.CountRequest, _count),
+    "shoal.v1.Points/Upsert": UnaryCall(points_pb2.UpsertRequest, upsert, writes=True),
+    "shoal.v1.Points/UpdateVectors": _writes(points_pb2.UpdateVectorsRequest, parse.update_vectors),
+    "shoal.v1.Points/Delete": _writes(points_pb2.DeletePointsRequest, parse.delete_points),
+    "shoal.v1.Points/DeleteVectors": _writes(points_pb2.DeleteVectorsRequest, parse.delete_vectors),
+    "shoal.v1.Points/SetPayload": _writes(points_pb2.SetPayloadRequest, parse.set_payload),
+    "shoal.v1.Points/OverwritePayload": _writes(
+        points_pb2.OverwritePayloadRequest, parse.overwrite_payload
+    ),
+    "shoal.v1.Points/DeletePayload": _writes(points_pb2.DeletePayloadRequest, parse.delete_payload),
+    "shoal.v1.Points/ClearPayload": _writes(points_pb2.ClearPayloadRequest, parse.clear_payload),
+}
