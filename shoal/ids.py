@@ -124,16 +124,22 @@ class PointIds:
         return (mixed % np.uint64(shard_count)).astype(np.uint32)
 
     def to_wire(self) -> wire.PointIds:
+        message = wire.PointIds()
+        self.fill(message)
+        return message
+
+    def fill(self, message: wire.PointIds) -> None:
+        """`to_wire` into an empty message that is part of another one."""
+        message.SetInParent()
         if self.is_uuid is None or self.hi is None:
-            return wire.PointIds(ints=self.lo.astype("<u8", copy=False).tobytes())
+            message.ints = self.lo.astype("<u8", copy=False).tobytes()
+            return
         flags = self.is_uuid
         pairs = np.stack([self.hi[flags], self.lo[flags]], axis=1).astype(">u8")
-        message = wire.PointIds(
-            ints=self.lo[~flags].astype("<u8", copy=False).tobytes(), uuids=pairs.tobytes()
-        )
+        message.ints = self.lo[~flags].astype("<u8", copy=False).tobytes()
+        message.uuids = pairs.tobytes()
         if not flags.all():
             message.kinds = flags.astype(np.uint8).tobytes()
-        return message
 
     @classmethod
     def from_wire(cls, message: wire.PointIds) -> PointIds:

@@ -211,7 +211,7 @@ def search_request(id: int, shard: ShardKey, query: Search, guard: Guard) -> byt
     if query.filter is not None:
         search.filter = encode_filter(query.filter)
     if query.exclude:
-        search.exclude.CopyFrom(PointIds.from_keys(query.exclude).to_wire())
+        PointIds.from_keys(query.exclude).fill(search.exclude)
     if query.score_threshold is not None:
         search.score_threshold = query.score_threshold
     if query.exact:
@@ -252,7 +252,7 @@ def retrieve_request(
     guard: Guard,
 ) -> bytes:
     request = _request(id, shard, guard)
-    request.retrieve.ids.CopyFrom(ids.to_wire())
+    ids.fill(request.retrieve.ids)
     request.retrieve.with_payload = with_payload
     _set_vectors(request.retrieve, with_vectors)
     return request.SerializeToString()
@@ -267,7 +267,7 @@ def scroll_request(id: int, shard: ShardKey, query: Scroll, guard: Guard) -> byt
     scroll = request.scroll
     scroll.limit = query.limit
     if query.start is not None:
-        scroll.start.CopyFrom(PointIds.from_keys([query.start]).to_wire())
+        PointIds.from_keys([query.start]).fill(scroll.start)
     scroll.filter = encode_filter(query.filter)
     scroll.with_payload = query.with_payload
     _set_vectors(scroll, query.with_vectors)
@@ -307,40 +307,37 @@ def info_request(id: int, shard: ShardKey) -> bytes:
 # -- writes ---------------------------------------------------------------------------------------
 def write_request(id: int, shard: ShardKey, op: Write) -> bytes:
     request = _request(id, shard, None)
-    request.write.CopyFrom(_encode_write(op))
+    _fill_write(request.write, op)
     return request.SerializeToString()
 
 
-def _encode_write(op: Write) -> pb.Write:
+def _fill_write(message: pb.Write, op: Write) -> None:
     match op:
         case Upsert():
-            upsert = pb.Upsert(
-                points=op.points.to_wire(),
-                update_filter=encode_filter(op.update_filter),
-                mode=_MODE_NUMBER[op.mode],
-            )
-            return pb.Write(upsert=upsert)
+            op.points.fill(message.upsert.points)
+            message.upsert.update_filter = encode_filter(op.update_filter)
+            message.upsert.mode = _MODE_NUMBER[op.mode]
         case UpdateVectors():
-            update = pb.UpdateVectors(
-                points=op.points.to_wire(), update_filter=encode_filter(op.update_filter)
-            )
-            return pb.Write(update_vectors=update)
+            op.points.fill(message.update_vectors.points)
+            message.update_vectors.update_filter = encode_filter(op.update_filter)
         case Delete():
-            return pb.Write(delete=pb.Delete(where=_encode_where(op.where)))
+            _fill_where(message.delete.where, op.where)
         case DeleteVectors():
-            drop = pb.DeleteVectors(where=_encode_where(op.where), names=op.names)
-            return pb.Write(delete_vectors=drop)
+            _fill_where(message.delete_vectors.where, op.where)
+            message.delete_vectors.names.extend(op.names)
         case SetPayload():
-            change = pb.SetPayload(where=_encode_where(op.where), payload=op.payload, key=op.key)
-            return pb.Write(set_payload=change)
+            _fill_where(message.set_payload.where, op.where)
+            message.set_payload.payload = op.payload
+            if op.key is not None:
+                message.set_payload.key = op.key
         case OverwritePayload():
-            overwrite = pb.OverwritePayload(where=_encode_where(op.where), payload=op.payload)
-            return pb.Write(overwrite_payload=overwrite)
+            _fill_where(message.overwrite_payload.where, op.where)
+            message.overwrite_payload.payload = op.payload
         case DeletePayload():
-            remove = pb.DeletePayload(where=_encode_where(op.where), keys=op.keys)
-            return pb.Write(delete_payload=remove)
+            _fill_where(message.delete_payload.where, op.where)
+            message.delete_payload.keys.extend(op.keys)
         case ClearPayload():
-            return pb.Write(clear_payload=pb.ClearPayload(where=_encode_where(op.where)))
+            _fill_where(message.clear_payload.where, op.where)
         case _:
             assert_never(op)
 
@@ -402,11 +399,12 @@ def _newer(what: str) -> NotSupported:
     )
 
 
-def _encode_where(where: Selector) -> pb.Selector:
+def _fill_where(message: pb.Selector, where: Selector) -> None:
     if where.ids is not None:
-        return pb.Selector(ids=where.ids.to_wire())
-    must(where.filter is not None, "a selector holds ids or a filter")
-    return pb.Selector(filter=encode_filter(where.filter))
+        where.ids.fill(message.ids)
+    else:
+        must(where.filter is not None, "a selector holds ids or a filter")
+        message.filter = encode_filter(where.filter)
 
 
 def _decode_where(message: pb.Selector) -> Selector:
@@ -441,7 +439,7 @@ def _checked(decode: Callable[[M], T], message: M) -> T:
 # -- answers --------------------------------------------------------------------------------------
 def hits_answer(id: int, hits: Hits, applied: int) -> bytes:
     answer = pb.Answer(id=id, applied=applied)
-    answer.hits.points.CopyFrom(hits.points.to_wire())
+    hits.points.fill(answer.hits.points)
     answer.hits.scores = hits.scores.astype("<f4", copy=False).tobytes()
     return answer.SerializeToString()
 
@@ -454,7 +452,9 @@ def decode_hits(message: pb.Hits) -> Hits:
 
 
 def points_answer(id: int, points: PointBatch, applied: int) -> bytes:
-    return pb.Answer(id=id, applied=applied, points=points.to_wire()).SerializeToString()
+    answer = pb.Answer(id=id, applied=applied)
+    points.fill(answer.points)
+    return answer.SerializeToString()
 
 
 def decode_batch(message: wire.PointBatch) -> PointBatch:
@@ -476,7 +476,7 @@ def info_answer(id: int, info: ShardInfo) -> bytes:
 def result_answer(id: int, result: WriteResult) -> bytes:
     written = pb.WriteResult(sequence=result.sequence)
     if result.missing is not None:
-        written.missing.CopyFrom(PointIds.from_keys([result.missing]).to_wire())
+        PointIds.from_keys([result.missing]).fill(written.missing)
     return pb.Answer(id=id, written=written).SerializeToString()
 
 
