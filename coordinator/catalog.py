@@ -1,52 +1,72 @@
 """The collections: what there is, and how one comes and goes without a crash leaving half of it.
 
     create   txn: record (creating) + shard records + next id   nobody may use it yet
-             storage: create every shard
+             storage: create every shard on every node of its record
              txn: record (active)                               now it exists
     delete   txn: remove the records                            now it is gone
-             storage: drop every shard
-    start    a record still `creating` is removed: its creator was never told that it exists.
-             Shard folders that no record names are removed by the storage node.
+             storage: drop every shard; a node that does not hear of it learns it by itself
 
-Names are changed under a lock per catalog; the metadata store's compare-and-swap is what guards
-against other coordinators.
+Every coordinator follows the records by a watch. All changes are one compare-and-swap on the revision
+that was read, so several coordinators may change the same collection; a lock per catalog only spares
+them from meeting. Because of that guard a transaction that may have happened can be settled: look,
+and try again under the same guard; it takes effect once.
+
+A creation that died half-way is removed by any coordinator that has seen it unchanged for
+`CREATING_S_MAX`, longer than any creation may take. One machine alone removes it at its start.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, JsonValue
+from pydantic import JsonValue
 
-from shoal.api.models import CreateCollection, CreateFieldIndex, FieldParams
-from shoal.errors import AlreadyExists, BadRequest, Busy, InvalidField, NotFound, ShoalError
+from coordinator.creation import check_factors, check_name, check_request, unknown_fields
+from coordinator.routing import ShardGone
+from shoal.api.models import CreateCollection
+from shoal.errors import (
+    AlreadyExists,
+    BadRequest,
+    Busy,
+    FormatTooNew,
+    NotFound,
+    ShoalError,
+    Unavailable,
+)
 from shoal.limits import COLLECTIONS_MAX, NAME_LENGTH_MAX
-from shoal.metadata.contract import Compare, MetadataStore
+from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
 from shoal.metadata.schema import (
     COLLECTION_ID_KEY,
     COLLECTIONS_PREFIX,
+    NODES_PREFIX,
+    SHARDS_PREFIX,
     CollectionRecord,
     CollectionState,
     IdRecord,
+    NodeRecord,
     ShardRecord,
-    named_vectors,
+    collection_key,
     shard_key,
     shard_spec,
     vector_fields,
 )
+from shoal.metadata.watched import Watched
+from shoal.placement import place, shards_by_default, storage_nodes
+from shoal.settings import CoordinatorSettings
 from shoal.storage_api import ShardKey, ShardSpec, Storage
 from shoal.telemetry import logger
 from shoal.vectors import VectorFields
 
-__all__ = ["Catalog", "Collection"]
+__all__ = ["CREATE_S_MAX", "CREATING_S_MAX", "Catalog", "Collection"]
 
 T = TypeVar("T")
 _log = logger("catalog")
 
-_FORBIDDEN_IN_NAMES = set("/\\") | {chr(code) for code in range(32)} | {"\x7f"}
+CREATE_S_MAX = 30.0  # making the shards of a collection; then it is undone
+CREATING_S_MAX = 90.0  # a record that has been `creating` for so long belongs to nobody any more
 _TXN_ATTEMPTS_MAX = 16  # of other coordinators changing the same record in between
 
 
@@ -72,31 +92,52 @@ class Collection:
     def name(self) -> str:
         return self.record.name
 
+    @property
+    def replication_factor(self) -> int:
+        """Replicas of each shard that were asked for."""
+        return self.request.replication_factor or 1
+
 
 class Catalog:
-    """The collections of one coordinator, read once at start and kept in step with the store."""
+    """The collections as one coordinator knows them, kept in step with the store.
 
-    def __init__(self, store: MetadataStore, storage: Storage, default_shard_number: int) -> None:
-        self._store = store
-        self._storage = storage
-        self._default_shard_number = default_shard_number
+    local_node  of a one-machine server: it holds everything, and nobody else changes the catalog.
+    """
+
+    def __init__(
+        self,
+        store: MetadataStore,
+        storage: Storage,
+        settings: CoordinatorSettings,
+        local_node: str | None,
+    ) -> None:
+        self._store, self._storage, self._settings = store, storage, settings
+        self._local_node = local_node
         self._collections: dict[str, Collection] = {}
+        self._gone: dict[str, int] = {}  # deleted here, at this revision; the watch will tell too
+        self._unfinished: dict[str, asyncio.TimerHandle] = {}
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
+        self._watched = Watched(store, [COLLECTIONS_PREFIX], on_change=self._heard)
 
     async def load(self) -> None:
-        """Read all records; remove those whose creation never finished."""
-        entries, _ = await self._store.range(COLLECTIONS_PREFIX)
-        for entry in entries:
+        """Read all records, then follow them."""
+        await self._watched.start()
+        for entry in list(self._watched.entries.values()):
             record = CollectionRecord.from_bytes(entry.key, entry.value)
-            if record.state is CollectionState.ACTIVE:
-                self._collections[record.name] = Collection.of(record, entry.revision)
-            else:
-                _log.warning("unfinished_creation_removed", collection=record.name)
-                await self._forget(record, entry.revision)
+            if self._local_node is not None and record.state is CollectionState.CREATING:
+                await self._remove_unfinished(record, entry.revision)
 
+    async def close(self) -> None:
+        """Wait for the changes under way, and follow the records no more."""
+        for timer in self._unfinished.values():
+            timer.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self._watched.close()
+
+    # -- what there is ----------------------------------------------------------------------------
     def shard_specs(self) -> list[ShardSpec]:
-        """Every shard that exists, for the storage node to open."""
+        """Every shard that exists."""
         return [
             shard_spec(collection.record, key.shard)
             for collection in self._collections.values()
@@ -110,41 +151,125 @@ class Catalog:
         return [self._collections[name] for name in self.names()]
 
     def get(self, name: str) -> Collection:
-        """Raises NotFound."""
+        """As far as this coordinator has heard; `find` asks. Raises NotFound."""
         found = self._collections.get(name)
         if found is None:
             raise NotFound(f"Not found: Collection `{name}` doesn't exist!")
         return found
 
+    async def find(self, name: str) -> Collection:
+        """Also one that another coordinator has made just now: only after the metadata store was
+        asked is it said that there is none. Raises NotFound."""
+        found = self._collections.get(name)
+        if found is not None:
+            return found
+        if self._local_node is None and len(name.encode("utf-8", "replace")) <= NAME_LENGTH_MAX:
+            await self._read(name)
+        return self.get(name)
+
     def exists(self, name: str) -> bool:
+        """As far as this coordinator has heard."""
         return name in self._collections
 
+    async def replaced(self, name: str, gone: ShardGone) -> bool:
+        """Whether `name` is another collection by now than the one whose shard is gone. Raises
+        NotFound when there is none any more."""
+        await self._read(name)
+        return self.get(name).record.id != gone.collection_id
+
+    async def _read(self, name: str) -> KeyValue | None:
+        """The record as of now, also taken over here."""
+        entry = await self._store.get(collection_key(name))
+        if entry is not None:
+            self._learn(CollectionRecord.from_bytes(entry.key, entry.value), entry.revision)
+        elif (known := self._collections.get(name)) is not None:
+            self._unlearn(name, known.revision)
+        return entry
+
+    # -- following the records --------------------------------------------------------------------
+    def _heard(self, events: Sequence[Event]) -> None:
+        for event in events:
+            name = event.key.removeprefix(COLLECTIONS_PREFIX)
+            if event.value is None:
+                self._unlearn(name, event.revision)
+                if self._gone.get(name, event.revision + 1) <= event.revision:
+                    del self._gone[name]
+                continue
+            try:
+                record = CollectionRecord.from_bytes(event.key, event.value)
+            except FormatTooNew as error:
+                _log.error("collection_not_read", collection=name, error=None, why=error.message)
+                continue
+            self._learn(record, event.revision)
+
+    def _learn(self, record: CollectionRecord, revision: int) -> None:
+        """A record as it was at `revision`: the watch may tell of it later than we did it."""
+        name, known = record.name, self._collections.get(record.name)
+        if revision <= self._gone.get(name, 0):
+            return
+        if known is not None and known.revision >= revision:
+            return
+        self._settle(name)
+        if record.state is CollectionState.ACTIVE:
+            self._collections[name] = Collection.of(record, revision)
+            return
+        self._collections.pop(name, None)
+        if self._local_node is None:
+            self._unfinished[name] = asyncio.get_running_loop().call_later(
+                CREATING_S_MAX, self._give_up, record, revision
+            )
+
+    def _unlearn(self, name: str, revision: int) -> None:
+        known = self._collections.get(name)
+        if known is not None and known.revision <= revision:
+            del self._collections[name]
+        self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        timer = self._unfinished.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _give_up(self, record: CollectionRecord, revision: int) -> None:
+        del self._unfinished[record.name]
+        self._begin(self._remove_unfinished(record, revision))
+
+    async def _remove_unfinished(self, record: CollectionRecord, revision: int) -> None:
+        """Its creator died, or will find that it is too late."""
+        if (await self._store.txn(*_removal(record, revision))).ok:
+            _log.warning("unfinished_creation_removed", collection=record.name)
+            if self._local_node is None:  # at its start a node removes what no record names
+                await self._drop(record.shards())
+
+    # -- changes ----------------------------------------------------------------------------------
     async def create(self, name: str, request: CreateCollection) -> None:
-        """Raises AlreadyExists, InvalidField for a bad name or setting, StorageFull."""
-        _check_name(name, "collection")
-        _check_request(request)
+        """Raises AlreadyExists, InvalidField for a bad name or setting, BadRequest for more replicas
+        than nodes, StorageFull, Unavailable."""
+        check_name(name, "collection")
+        check_request(request)
+        if unknown := sorted(unknown_fields(request)):
+            _log.warning("settings_kept_without_effect", settings=", ".join(unknown))
         await self._to_end(self._create(name, request))
 
     async def delete(self, name: str) -> bool:
         """False when there is none. The collection is gone when this returns, and its data
-        unreachable at once; a crash in between leaves files that the next start removes."""
+        unreachable at once; a crash in between leaves files that the nodes remove."""
         return await self._to_end(self._delete(name))
 
     async def set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         """Write down, or with None remove, a payload index. Results never depend on it."""
         await self._to_end(self._set_index(name, field, params))
 
-    async def close(self) -> None:
-        """Wait for the changes under way."""
-        await asyncio.gather(*self._changes, return_exceptions=True)
-
     async def _to_end(self, change: Coroutine[Any, Any, T]) -> T:
         """Run a change to its end also when the caller gives up (a timeout, a client that went
         away): cut in the middle, store, shards and memory would disagree."""
+        return await asyncio.shield(self._begin(change))
+
+    def _begin(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(change)
         self._changes.add(task)
         task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._changes.discard(task)
@@ -161,153 +286,195 @@ class Catalog:
                     "server holds: delete one, or keep tenants apart by a payload field"
                 )
             record, revision = await self._reserve(name, request)
+            active = record.model_copy(update={"state": CollectionState.ACTIVE})
             try:
-                for key in record.shards():
-                    await self._storage.create_shard(shard_spec(record, key.shard))
-                active = record.model_copy(update={"state": CollectionState.ACTIVE})
-                done = await self._store.txn(
-                    [Compare(record.key, revision)], {record.key: active.to_bytes()}
-                )
+                async with asyncio.timeout(CREATE_S_MAX):
+                    specs = [shard_spec(record, key.shard) for key in record.shards()]
+                    await _together([self._storage.create_shard(spec) for spec in specs])
+                done = await self._swap(record, revision, lambda _: active)
+            except TimeoutError:
+                await self._undo(record, revision)
+                raise Unavailable(
+                    f"the storage nodes did not make the shards of `{name}` within "
+                    f"{CREATE_S_MAX:g} s, and nothing of it is left: try again"
+                ) from None
             except BaseException:
                 await self._undo(record, revision)
                 raise
-            if not done.ok:
-                raise Busy(f"Collection `{name}` was changed by somebody else: try again")
-            self._collections[name] = Collection.of(active, done.revision)
+            self._learn(active, done)
 
     async def _delete(self, name: str) -> bool:
         async with self._lock:
-            collection = self._collections.get(name)
-            if collection is None:
+            for _ in range(_TXN_ATTEMPTS_MAX):
+                entry = await self._read(name)
+                if entry is None:
+                    return False
+                record = CollectionRecord.from_bytes(entry.key, entry.value)
+                if record.state is CollectionState.CREATING:
+                    return False  # nobody was told that it exists
+                if await self._remove(record, entry.revision):
+                    await self._drop(record.shards())
+                    return True
+        raise _changed_by_others(name)
+
+    async def _remove(self, record: CollectionRecord, revision: int) -> bool:
+        """False: somebody else was first with another change."""
+        try:
+            done = await self._store.txn(*_removal(record, revision))
+        except Uncertain:
+            entry = await self._store.get(record.key)
+            if entry is not None and _id_of(entry) == record.id:
                 return False
-            if not await self._forget(collection.record, collection.revision):
-                raise Busy(f"Collection `{name}` was changed by somebody else: try again")
-            del self._collections[name]
-            for key in collection.shards:
-                await self._storage.drop_shard(key)
+            self._unlearn(record.name, revision)
             return True
+        if done.ok:
+            self._unlearn(record.name, done.revision)
+            self._gone[record.name] = done.revision
+        return done.ok
+
+    async def _drop(self, shards: Iterable[ShardKey]) -> None:
+        for key in shards:
+            await self._storage.drop_shard(key)
 
     async def _set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
-        async with self._lock:
-            collection = self.get(name)
-            schema = dict(collection.record.payload_schema)
+        def changed(record: CollectionRecord) -> CollectionRecord | None:
+            schema = dict(record.payload_schema)
             if params is None:
                 if schema.pop(field, None) is None:
-                    return
+                    return None
             else:
                 schema[field] = params
-            record = collection.record.model_copy(update={"payload_schema": schema})
-            done = await self._store.txn(
-                [Compare(record.key, collection.revision)], {record.key: record.to_bytes()}
-            )
-            if not done.ok:
-                raise Busy(f"Collection `{name}` was changed by somebody else: try again")
-            self._collections[name] = replace(collection, record=record, revision=done.revision)
+            return record.model_copy(update={"payload_schema": schema})
+
+        async with self._lock:
+            found = await self.find(name)
+            await self._swap(found.record, found.revision, changed)
+
+    async def _swap(
+        self,
+        record: CollectionRecord,
+        revision: int,
+        change: Callable[[CollectionRecord], CollectionRecord | None],
+    ) -> int:
+        """Change a record, again on what others made of it meanwhile. None: no change is needed.
+        Returns its revision now. Raises NotFound when it was deleted, Busy."""
+        name = record.name
+        for _ in range(_TXN_ATTEMPTS_MAX):
+            wanted = change(record)
+            if wanted is None or (wanted == record):
+                return revision
+            try:
+                done = await self._store.txn(
+                    [Compare(record.key, revision)], {record.key: wanted.to_bytes()}
+                )
+            except Uncertain:
+                pass  # looked at below; a second try under the same guard cannot double it
+            else:
+                if done.ok:
+                    self._learn(wanted, done.revision)
+                    return done.revision
+            entry = await self._read(name)
+            if entry is None or _id_of(entry) != record.id:
+                raise NotFound(f"Not found: Collection `{name}` was deleted meanwhile!")
+            record, revision = CollectionRecord.from_bytes(entry.key, entry.value), entry.revision
+        raise _changed_by_others(name)
 
     async def _reserve(self, name: str, request: CreateCollection) -> tuple[CollectionRecord, int]:
-        """Take an id and the name, in one transaction. Returns the record and its revision."""
+        """Take an id, the name and the nodes, in one transaction. Returns the record and its
+        revision."""
         for _ in range(_TXN_ATTEMPTS_MAX):
             current = await self._store.get(COLLECTION_ID_KEY)
             ids = IdRecord() if current is None else IdRecord.from_bytes(current.key, current.value)
-            record = CollectionRecord(
-                id=ids.next_id,
-                name=name,
-                state=CollectionState.CREATING,
-                shard_number=request.shard_number or self._default_shard_number,
-                config=request.model_dump(mode="json", exclude_unset=True),
-            )
-            shards = [ShardRecord(collection_id=record.id, shard=k.shard) for k in record.shards()]
-            done = await self._store.txn(
-                [
-                    Compare(record.key, 0),
-                    Compare(COLLECTION_ID_KEY, 0 if current is None else current.revision),
-                ],
-                {
-                    record.key: record.to_bytes(),
-                    COLLECTION_ID_KEY: IdRecord(next_id=ids.next_id + 1).to_bytes(),
-                    **{shard.key: shard.to_bytes() for shard in shards},
-                },
-            )
-            if done.ok:
-                return record, done.revision
-            if await self._store.get(record.key) is not None:
+            record, shards = await self._planned(ids.next_id, name, request)
+            puts = {
+                record.key: record.to_bytes(),
+                COLLECTION_ID_KEY: IdRecord(next_id=ids.next_id + 1).to_bytes(),
+                **{shard.key: shard.to_bytes() for shard in shards},
+            }
+            compares = [
+                Compare(record.key, 0),
+                Compare(COLLECTION_ID_KEY, 0 if current is None else current.revision),
+            ]
+            try:
+                done = await self._store.txn(compares, puts)
+            except Uncertain:
+                pass  # ids are given once: a record with ours is ours
+            else:
+                if done.ok:
+                    return record, done.revision
+            entry = await self._store.get(record.key)
+            if entry is not None:
+                if _id_of(entry) == record.id:
+                    return record, entry.revision
                 raise _already_exists(name)
         raise Busy("other coordinators are creating collections: try again")
 
-    async def _forget(self, record: CollectionRecord, revision: int) -> bool:
-        keys = [record.key, *(shard_key(record.id, key.shard) for key in record.shards())]
-        return (await self._store.txn([Compare(record.key, revision)], {}, keys)).ok
+    async def _planned(
+        self, number: int, name: str, request: CreateCollection
+    ) -> tuple[CollectionRecord, list[ShardRecord]]:
+        """The records of a new collection: how many shards and replicas, and on which nodes."""
+        settings, config = self._settings, request.model_dump(mode="json", exclude_unset=True)
+        factor = request.replication_factor
+        nodes: list[NodeRecord] = []
+        if self._local_node is None:
+            entries, _ = await self._store.range(NODES_PREFIX)
+            nodes = storage_nodes(NodeRecord.from_bytes(e.key, e.value) for e in entries)
+            if factor is None:
+                factor = max(1, min(settings.default_replication_factor, len(nodes)))
+                config["replication_factor"] = factor
+        alone = self._local_node is not None
+        check_factors(factor or 1, request.write_consistency_factor or 1, alone=alone)
+        record = CollectionRecord(
+            id=number,
+            name=name,
+            state=CollectionState.CREATING,
+            shard_number=request.shard_number
+            or shards_by_default(len(nodes), factor or 1, settings.default_shard_number),
+            config=config,
+        )
+        if self._local_node is not None:
+            if (factor or 1) > 1:
+                _log.warning("one_replica_only", collection=name, replication_factor=factor)
+            members = [[self._local_node]] * record.shard_number
+        else:
+            entries, _ = await self._store.range(SHARDS_PREFIX)
+            present = [ShardRecord.from_bytes(e.key, e.value) for e in entries]
+            members = place(record.shard_number, factor or 1, nodes, present)
+        return record, [
+            ShardRecord(collection_id=number, shard=shard, primary=held_by[0], in_sync=held_by)
+            for shard, held_by in enumerate(members)
+        ]
 
     async def _undo(self, record: CollectionRecord, revision: int) -> None:
-        """After a failed creation. What fails here is left to the next start."""
+        """After a failed creation. What fails here is removed like any creation that died."""
         try:
-            await self._forget(record, revision)
-            for key in record.shards():
-                await self._storage.drop_shard(key)
+            if await self._remove(record, revision):
+                await self._drop(record.shards())
         except ShoalError as error:
             _log.warning("creation_not_undone", collection=record.name, why=error.message)
+
+
+async def _together(calls: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """All calls side by side; all have ended when this returns or raises the first error."""
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+def _removal(
+    record: CollectionRecord, revision: int
+) -> tuple[list[Compare], Mapping[str, bytes], list[str]]:
+    keys = [record.key, *(shard_key(record.id, key.shard) for key in record.shards())]
+    return [Compare(record.key, revision)], {}, keys
+
+
+def _id_of(entry: KeyValue) -> int:
+    return CollectionRecord.from_bytes(entry.key, entry.value).id
 
 
 def _already_exists(name: str) -> AlreadyExists:
     return AlreadyExists(f"Wrong input: Collection `{name}` already exists!")
 
 
-def _check_name(name: str, what: str) -> None:
-    if not name or len(name.encode()) > NAME_LENGTH_MAX or name in (".", ".."):
-        raise InvalidField(
-            f"Validation error in JSON body: [{what} name: must have 1 to {NAME_LENGTH_MAX} bytes "
-            "and not be a dot or two]"
-        )
-    bad = sorted(set(name) & _FORBIDDEN_IN_NAMES)
-    if bad:
-        raise InvalidField(
-            f"Validation error in JSON body: [{what} name: may not contain {bad[0]!r}]"
-        )
-
-
-def _check_request(request: CreateCollection) -> None:
-    vectors = named_vectors(request)
-    sparse = request.sparse_vectors or {}
-    for name in [*vectors, *sparse]:
-        if name:
-            _check_name(name, "vector")
-    if both := sorted(vectors.keys() & sparse.keys()):
-        raise BadRequest(
-            f"Wrong input: `{both[0]}` is both a dense and a sparse vector: rename one"
-        )
-    if request.sharding_method == "custom":
-        raise BadRequest(
-            "Wrong input: `sharding_method` custom is not supported by this version of Shoal: "
-            "points are spread by a hash of their id"
-        )
-    if (request.write_consistency_factor or 1) > 1:
-        raise BadRequest(
-            "Wrong input: `write_consistency_factor` above 1 cannot be met by one machine: every "
-            "write would be refused"
-        )
-    if (request.replication_factor or 1) > 1:
-        _log.warning("one_replica_only", replication_factor=request.replication_factor)
-    if unknown := sorted(_unknown_fields(request)):
-        _log.warning("settings_kept_without_effect", settings=", ".join(unknown))
-
-
-def _unknown_fields(block: BaseModel, path: str = "") -> list[str]:
-    """Paths of settings that were sent and that no code here reads."""
-    found = [path + name for name in block.model_extra or ()]
-    for name, value in block:
-        values: Mapping[str, Any] = value if isinstance(value, dict) else {"": value}
-        for inner, part in values.items():
-            if isinstance(part, BaseModel):
-                found += _unknown_fields(
-                    part, f"{path}{name}.{inner}." if inner else f"{path}{name}."
-                )
-    return found
-
-
-def index_params(request: CreateFieldIndex) -> dict[str, JsonValue]:
-    """The payload index as it is written down."""
-    schema = request.field_schema
-    if isinstance(schema, FieldParams):
-        params: dict[str, JsonValue] = schema.model_dump(mode="json", exclude_unset=True)
-        return params
-    return {"type": schema.value}
+def _changed_by_others(name: str) -> Busy:
+    return Busy(f"Collection `{name}` is being changed by others: try again")

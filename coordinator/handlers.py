@@ -10,8 +10,10 @@ import msgspec
 from google.protobuf.message import DecodeError
 
 from coordinator import requests
-from coordinator.catalog import Collection, index_params
+from coordinator.catalog import Collection
+from coordinator.creation import index_params
 from coordinator.describe import describe_collection, describe_status
+from coordinator.freshness import read_wanted
 from coordinator.http import Answer, Call
 from coordinator.json_body import validate
 from coordinator.metrics import CONTENT_TYPE
@@ -24,6 +26,7 @@ from coordinator.render import (
     render_scroll,
 )
 from coordinator.requests import AnyWrite, Retrieve
+from coordinator.service import Written
 from shoal.api import models
 from shoal.api.filter import parse_filter
 from shoal.batch import PointBatch
@@ -31,6 +34,7 @@ from shoal.errors import BadRequest, BodyTooLarge, NotFound, NotSupported
 from shoal.ids import PointIds, format_id, parse_id
 from shoal.json_path import parse_path
 from shoal.limits import CONFIG_BYTES_MAX, MIB
+from shoal.storage_api import Read
 from shoal.vectors import VectorFields
 from shoal.version import VERSION
 from shoal.wire import ops_pb2 as wire
@@ -46,8 +50,13 @@ _PARSE_INLINE_BYTES_MAX = 4 * MIB
 W = TypeVar("W")
 
 
-def _collection(call: Call) -> Collection:
-    return call.coordinator.catalog.get(call.params["collection_name"])
+async def _collection(call: Call) -> Collection:
+    return await call.coordinator.catalog.find(call.params["collection_name"])
+
+
+def _fresh(call: Call, collection: Collection) -> Read:
+    """How fresh the answer must be: see coordinator/freshness.py."""
+    return read_wanted(call.options.consistency, call.token(), collection.replication_factor)
 
 
 # -- the server -----------------------------------------------------------------------------------
@@ -100,8 +109,11 @@ async def list_collections(call: Call) -> bytes:
 
 
 async def collection_exists(call: Call) -> bytes:
-    exists = call.coordinator.catalog.exists(call.params["collection_name"])
-    return b'{"exists":true}' if exists else b'{"exists":false}'
+    try:
+        await _collection(call)
+    except NotFound:
+        return b'{"exists":false}'
+    return b'{"exists":true}'
 
 
 async def create_collection(call: Call) -> bytes:
@@ -125,7 +137,7 @@ async def delete_collection(call: Call) -> bytes:
 
 
 async def get_collection(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     infos = await call.coordinator.infos(collection)
     points_by_index = {}
     if all(info.stopped is None for info in infos):
@@ -137,12 +149,12 @@ async def get_collection(call: Call) -> bytes:
 
 async def list_aliases(call: Call) -> bytes:
     if "collection_name" in call.params:
-        _collection(call)
+        await _collection(call)
     return b'{"aliases":[]}'
 
 
 async def create_index(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     request = validate(models.CreateFieldIndex, _small(call.body))
     parse_path(request.field_name)
     await call.coordinator.catalog.set_index(
@@ -152,39 +164,40 @@ async def create_index(call: Call) -> bytes:
 
 
 async def delete_index(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     await call.coordinator.catalog.set_index(collection.name, call.params["field_name"], None)
     return _updated(call, 0)
 
 
 # -- points: reads --------------------------------------------------------------------------------
 async def query(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     request = requests.parse_query(call.body)
-    hits = await call.coordinator.query(collection, request)
+    hits = await call.coordinator.query(collection, request, _fresh(call, collection))
     return render_hits(hits, with_vectors=request.with_vectors is not False)
 
 
 async def scroll(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     request = requests.parse_scroll(call.body)
-    points, following = await call.coordinator.scroll(collection, request)
+    read = _fresh(call, collection)
+    points, following = await call.coordinator.scroll(collection, request, read)
     return render_scroll(points, following, with_vectors=request.with_vectors is not False)
 
 
 async def retrieve(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     request = requests.parse_retrieve(call.body)
-    points = await call.coordinator.retrieve(collection, request)
+    points = await call.coordinator.retrieve(collection, request, _fresh(call, collection))
     return render_points(points, with_vectors=request.with_vectors is not False)
 
 
 async def get_point(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     text = call.params["id"]
     key = parse_id(int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text)
     found = await call.coordinator.retrieve(
-        collection, Retrieve(PointIds.from_keys([key]), True, True)
+        collection, Retrieve(PointIds.from_keys([key]), True, True), _fresh(call, collection)
     )
     if not len(found):
         raise NotFound(f"Not found: No point with id {format_id(key)} found")
@@ -192,9 +205,10 @@ async def get_point(call: Call) -> bytes:
 
 
 async def count(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     request = validate(models.CountRequest, call.body)
-    return b'{"count":%d}' % await call.coordinator.count(collection, request.filter)
+    read = _fresh(call, collection)
+    return b'{"count":%d}' % await call.coordinator.count(collection, request.filter, read)
 
 
 # -- points: writes -------------------------------------------------------------------------------
@@ -231,18 +245,18 @@ async def clear_payload(call: Call) -> bytes:
 
 
 async def batch_update(call: Call) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     writes = await _parsed(call, requests.parse_operations, collection.fields)
-    operations = await call.coordinator.write_all(collection, writes)
-    return b"[" + b",".join(_updated(call, operation) for operation in operations) + b"]"
+    done = await call.coordinator.write_all(collection, writes)
+    return b"[" + b",".join([_written(call, one) for one in done]) + b"]"
 
 
 async def put_batch(call: Call) -> bytes:
     """A serialized PointBatch: what `shoal import` sends, four times cheaper than JSON."""
-    collection = _collection(call)
+    collection = await _collection(call)
     points = await _parsed(call, _batch_of, collection.fields)
-    operation = await call.coordinator.write(collection, PointsWrite(points))
-    return b'{"points":%d,%b' % (len(points), _updated(call, operation)[1:])
+    done = await call.coordinator.write(collection, PointsWrite(points))
+    return b'{"points":%d,%b' % (len(points), _written(call, done)[1:])
 
 
 def _batch_of(body: bytes, fields: VectorFields) -> PointBatch:
@@ -254,15 +268,21 @@ def _batch_of(body: bytes, fields: VectorFields) -> PointBatch:
 
 
 async def _write(call: Call, parse: Callable[[bytes, VectorFields], AnyWrite]) -> bytes:
-    collection = _collection(call)
+    collection = await _collection(call)
     request = await _parsed(call, parse, collection.fields)
-    return _updated(call, await call.coordinator.write(collection, request))
+    return _written(call, await call.coordinator.write(collection, request))
 
 
 async def _parsed(call: Call, parse: Callable[[bytes, VectorFields], W], fields: VectorFields) -> W:
     if len(call.body) > _PARSE_INLINE_BYTES_MAX:
         return await asyncio.to_thread(parse, call.body, fields)
     return parse(call.body, fields)
+
+
+def _written(call: Call, done: Written) -> bytes:
+    """Several writes in one request follow each other: a later one has the larger numbers."""
+    call.written.update(done.sequences)
+    return _updated(call, done.operation)
 
 
 def _updated(call: Call, operation: int) -> bytes:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 from urllib.parse import parse_qsl
 
 from coordinator.auth import ApiKeys, given_key
+from coordinator.freshness import format_token
 from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
+from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
 from shoal.errors import (
     BadRequest,
@@ -32,6 +34,7 @@ from shoal.errors import (
 )
 from shoal.health import HealthReport
 from shoal.limits import BODY_BYTES_MAX, PENDING_REQUESTS_MAX, REQUEST_TIMEOUT_S_MAX
+from shoal.storage_api import ShardKey
 from shoal.telemetry import logger
 
 __all__ = ["Answer", "Api", "Call", "Options", "Receive", "Route", "Scope", "Send"]
@@ -47,23 +50,35 @@ _DRAIN_BYTES_MAX = BODY_BYTES_MAX  # of a body that is too large, so that its se
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Query parameters that all of the API shares. `consistency` and `ordering` are checked and
-    otherwise without effect: one replica gives the strongest of each."""
+    """Query parameters that all of the API shares. `ordering` is checked and otherwise without
+    effect: see coordinator/freshness.py."""
 
     wait: bool = False
     timeout_s: float | None = None
+    consistency: str | None = None
 
 
 @dataclass(slots=True)
 class Call:
-    """One request on its way to a handler. params: the parts of the path, decoded."""
+    """One request on its way to a handler. params: the parts of the path, decoded. headers: of the
+    request. written: shard -> sequence number of what the handler has written, for `shoal-token`."""
 
     coordinator: Coordinator
     params: Mapping[str, str]
+    headers: Sequence[tuple[bytes, bytes]]
     body: bytes
     options: Options
     health: Callable[[], HealthReport]
     metrics: Metrics
+    written: dict[ShardKey, int] = field(default_factory=dict)
+
+    def token(self) -> str | None:
+        """The `shoal-token` that the client sent; several are joined."""
+        found = [value for name, value in self.headers if name == b"shoal-token"]
+        return b",".join(found).decode("latin-1") if found else None
+
+    def token_header(self) -> tuple[tuple[bytes, bytes], ...]:
+        return ((b"shoal-token", format_token(self.written).encode()),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +143,15 @@ class Api:
         try:
             answer = await self._answered(route, params, scope, receive, started)
         except ShoalError as error:
-            answer = _refusal(error, perf_counter() - started)
+            answer = _refusal(error, perf_counter() - started, writes=route.writes)
         except Exception as error:
             _log.error("request_failed", operation=route.operation, error=error)
             message = (
                 "Service internal error: a bug in Shoal, written to its log; the request may have "
                 "happened"
             )
-            answer = Answer(500, render_error(message, perf_counter() - started))
+            headers = _outcome(maybe_applied=True) if route.writes else ()
+            answer = Answer(500, render_error(message, perf_counter() - started), headers=headers)
         finally:
             metrics.in_flight -= 1
         metrics.observe(route.operation, answer.status, perf_counter() - started)
@@ -159,22 +175,40 @@ class Api:
         body = await _read_body(scope, receive)
         query = scope["query_string"]
         options = _options(query) if query else _DEFAULT_OPTIONS
-        call = Call(self._coordinator, params, body, options, self._health, self.metrics)
+        call = Call(
+            self._coordinator, params, scope["headers"], body, options, self._health, self.metrics
+        )
         if options.timeout_s is None:
-            result = await route.handler(call)
+            result = await self._handled(route, call)
         else:
-            result = await _within(options.timeout_s, route.handler(call))
+            result = await _within(options.timeout_s, self._handled(route, call))
         if isinstance(result, bytes):
-            return Answer(200, render_result(result, perf_counter() - started))
+            body = render_result(result, perf_counter() - started)
+            return Answer(200, body, headers=call.token_header() if call.written else ())
         return result
 
+    async def _handled(self, route: Route, call: Call) -> bytes | Answer:
+        """Once more when the collection was another one by the time that its shards were asked."""
+        try:
+            return await route.handler(call)
+        except ShardGone as gone:
+            name = call.params.get("collection_name")
+            if name is None or not await self._coordinator.catalog.replaced(name, gone):
+                raise
+        return await route.handler(call)
 
-def _refusal(error: ShoalError, seconds: float) -> Answer:
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+def _outcome(*, maybe_applied: bool) -> tuple[tuple[bytes, bytes], ...]:
+    """For programs: whether a write that failed may have happened all the same."""
+    return ((b"shoal-maybe-applied", b"true" if maybe_applied else b"false"),)
+
+
+def _refusal(error: ShoalError, seconds: float, *, writes: bool) -> Answer:
+    headers = _outcome(maybe_applied=error.maybe_applied) if writes else ()
     if isinstance(error, Busy):
-        headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))),)
+        headers += ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))),)
     elif isinstance(error, BodyTooLarge):
-        headers = ((b"connection", b"close"),)
+        headers += ((b"connection", b"close"),)
     return Answer(error.status_code, render_error(error.message, seconds), headers=headers)
 
 
@@ -238,6 +272,7 @@ def _options(query: bytes) -> Options:
     return Options(
         wait=given.get("wait", "false") == "true",
         timeout_s=None if timeout is None else float(timeout),
+        consistency=given.get("consistency"),
     )
 
 

@@ -3,19 +3,17 @@
     Query ── vector of a point or a text? ──▶ one Search per shard ──▶ merge ──▶ parts of payloads
     points ── texts? embed ── normalise ──▶ split by shard ──▶ write ──▶ first missing id, if any
 
-A collection of one shard, the default, is asked directly: no tasks, no merging, no copying.
-
-One replica per shard: every read sees every write that was answered before it, so any `consistency`
-and `ordering` that a client asks for holds by itself, and `wait=false` has nothing to win: the
-answer always comes after the log is on disk. A request that goes to several shards is applied per
-shard; it is not one transaction.
+A collection of one shard is asked directly: no tasks, no merging, no copying. Where a shard is, and
+which replica answers, is the business of `Storage`; how fresh an answer must be, see
+`coordinator/freshness.py`. `wait=false` has nothing to win: the answer always comes after the log is
+on the disks. A request that goes to several shards is applied per shard; it is not one transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from coordinator import gather
 from coordinator.catalog import Catalog, Collection
+from coordinator.freshness import ANY_READ, format_token
 from coordinator.parse import (
     PendingText,
     PointsWrite,
@@ -37,6 +36,7 @@ from shoal.encoder_api import Encoder, ModelInfo
 from shoal.errors import BadRequest, NotFound, NotSupported, ShoalError, must
 from shoal.ids import PointIds, format_id
 from shoal.metadata.contract import MetadataStore
+from shoal.metadata.schema import LOCAL_NODE
 from shoal.payload import select
 from shoal.settings import CoordinatorSettings
 from shoal.storage_api import (
@@ -46,6 +46,7 @@ from shoal.storage_api import (
     DeleteVectors,
     Hits,
     OverwritePayload,
+    Read,
     Scroll,
     Search,
     SetPayload,
@@ -60,13 +61,35 @@ from shoal.storage_api import (
 )
 from shoal.vectors import VectorField, VectorFields, prepare_query
 
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "Written"]
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was applied: shard -> log position. Durable and visible."""
+
+    sequences: Mapping[ShardKey, int]
+
+    @property
+    def operation(self) -> int:
+        """The largest sequence number: what clients know as the operation id."""
+        return max(self.sequences.values(), default=0)
+
+    @property
+    def token(self) -> str:
+        """A read that shows it, at whichever coordinator, sees this write."""
+        return format_token(self.sequences)
+
+
 class Coordinator:
-    """One coordinator over one storage node. Safe to call from many tasks of one event loop."""
+    """One of any number of coordinators. Safe to call from many tasks of one event loop.
+
+    storage     all shards: coordinator/router.py.
+    local_node  the one storage node of a one-machine server, which needs no record; None in a
+                cluster, where collections are placed on the nodes that have registered.
+    """
 
     def __init__(
         self,
@@ -75,32 +98,34 @@ class Coordinator:
         storage: Storage,
         encoder: Encoder | None,
         settings: CoordinatorSettings,
+        local_node: str | None = LOCAL_NODE,
     ) -> None:
+        self.store, self.storage = store, storage
         self._storage = storage
         self._encoder = encoder
-        self.catalog = Catalog(store, storage, settings.default_shard_number)
+        self.catalog = Catalog(store, storage, settings, local_node)
 
     async def start(self) -> None:
-        """Read the catalog. The storage node may be started after this."""
+        """Read the catalog and follow it. The storage node may be started after this."""
         await self.catalog.load()
 
     async def close(self) -> None:
-        """Wait for changes of collections that are under way."""
+        """Wait for changes of collections that are under way, and follow the catalog no more."""
         await self.catalog.close()
 
     def shard_specs(self) -> list[ShardSpec]:
         return self.catalog.shard_specs()
 
     # -- reads ------------------------------------------------------------------------------------
-    async def query(self, collection: Collection, query: Query) -> Hits:
+    async def query(self, collection: Collection, query: Query, read: Read = ANY_READ) -> Hits:
         """The best points, or without a query the first by id (score 0). Raises BadRequest for an
         unknown vector or a wrong dimension, NotFound for a point to start from that is not there."""
         if query.vector is None and query.point is None and query.text is None:
-            return await self._first_points(collection, query)
+            return await self._first_points(collection, query, read)
         to = _searched(collection.fields, query.using)
         search = Search(
             using=query.using,
-            vector=await self._query_vector(collection, query, to),
+            vector=await self._query_vector(collection, query, to, read),
             limit=query.limit + query.offset,
             filter=query.filter,
             exclude=() if query.point is None else (query.point,),
@@ -112,10 +137,10 @@ class Coordinator:
         )
         shards = collection.shards
         if len(shards) == 1:
-            hits = await self._storage.search(shards[0], search)
+            hits = await self._storage.search(shards[0], search, read)
         else:
             hits = gather.merge_hits(
-                await _all([self._storage.search(shard, search) for shard in shards]),
+                await _all([self._storage.search(shard, search, read) for shard in shards]),
                 search.limit,
                 larger_is_better=to.distance.larger_is_better,
             )
@@ -126,7 +151,7 @@ class Coordinator:
             _select(hits.points, query.with_payload)
         return hits
 
-    async def _first_points(self, collection: Collection, query: Query) -> Hits:
+    async def _first_points(self, collection: Collection, query: Query, read: Read) -> Hits:
         if query.using and query.using not in collection.fields:
             raise unknown_vector(query.using, collection.fields)
         points = await self._scroll(
@@ -137,6 +162,7 @@ class Coordinator:
                 with_payload=query.with_payload is not False,
                 with_vectors=_known(query.with_vectors, collection.fields),
             ),
+            read,
         )
         points = points.take(np.arange(query.offset, max(query.offset, len(points))))
         if isinstance(query.with_payload, PayloadSelection):
@@ -144,7 +170,7 @@ class Coordinator:
         return Hits(points, np.zeros(len(points), np.float32))
 
     async def _query_vector(
-        self, collection: Collection, query: Query, to: VectorField
+        self, collection: Collection, query: Query, to: VectorField, read: Read
     ) -> NDArray[np.float32]:
         if query.vector is not None:
             raw = query.vector
@@ -152,7 +178,7 @@ class Coordinator:
             raw = (await self.embed([query.text.text], query.text.model))[0].astype(np.float64)
         else:
             must(query.point is not None, "a search without vector, text and point")
-            return await self._vector_of(collection, cast(int, query.point), query.using, to)
+            return await self._vector_of(collection, cast(int, query.point), query.using, to, read)
         if len(raw) != to.dim:
             raise wrong_dimension(to.dim, len(raw))
         vector = prepare_query(raw, to)
@@ -163,9 +189,11 @@ class Coordinator:
         return vector
 
     async def _vector_of(
-        self, collection: Collection, key: int, name: str, to: VectorField
+        self, collection: Collection, key: int, name: str, to: VectorField, read: Read
     ) -> NDArray[np.float32]:
-        found = await self.retrieve(collection, Retrieve(PointIds.from_keys([key]), False, (name,)))
+        found = await self.retrieve(
+            collection, Retrieve(PointIds.from_keys([key]), False, (name,)), read
+        )
         if not len(found):
             raise NotFound(f"Not found: No point with id {format_id(key)} found")
         block = found.dense.get(name)
@@ -177,20 +205,22 @@ class Coordinator:
         vector: NDArray[np.float32] = block.values[0]
         return vector
 
-    async def retrieve(self, collection: Collection, request: Retrieve) -> PointBatch:
+    async def retrieve(
+        self, collection: Collection, request: Retrieve, read: Read = ANY_READ
+    ) -> PointBatch:
         """The points that exist, in the order asked."""
         with_payload = request.with_payload is not False
         with_vectors = _known(request.with_vectors, collection.fields)
         shards = collection.shards
         if len(shards) == 1:
             points = await self._storage.retrieve(
-                shards[0], request.ids, with_payload, with_vectors
+                shards[0], request.ids, with_payload, with_vectors, read
             )
         else:
             parts = await _all(
                 [
                     self._storage.retrieve(
-                        shard, request.ids.take(rows), with_payload, with_vectors
+                        shard, request.ids.take(rows), with_payload, with_vectors, read
                     )
                     for shard, rows in _split(request.ids, shards)
                 ]
@@ -201,7 +231,7 @@ class Coordinator:
         return points
 
     async def scroll(
-        self, collection: Collection, request: ScrollQuery
+        self, collection: Collection, request: ScrollQuery, read: Read = ANY_READ
     ) -> tuple[PointBatch, int | None]:
         """Points by ascending id, and the key of the next one, None at the end."""
         points = await self._scroll(
@@ -213,6 +243,7 @@ class Coordinator:
                 with_payload=request.with_payload is not False,
                 with_vectors=_known(request.with_vectors, collection.fields),
             ),
+            read,
         )
         following = None
         if len(points) > request.limit:
@@ -222,27 +253,31 @@ class Coordinator:
             _select(points, request.with_payload)
         return points, following
 
-    async def _scroll(self, collection: Collection, scroll: Scroll) -> PointBatch:
+    async def _scroll(self, collection: Collection, scroll: Scroll, read: Read) -> PointBatch:
         shards = collection.shards
         if len(shards) == 1:
-            return await self._storage.scroll(shards[0], scroll)
-        parts = await _all([self._storage.scroll(shard, scroll) for shard in shards])
+            return await self._storage.scroll(shards[0], scroll, read)
+        parts = await _all([self._storage.scroll(shard, scroll, read) for shard in shards])
         return gather.first_by_id(parts, scroll.limit)
 
-    async def count(self, collection: Collection, filter: Filter | None) -> int:
-        return sum(await _all([self._storage.count(shard, filter) for shard in collection.shards]))
+    async def count(
+        self, collection: Collection, filter: Filter | None, read: Read = ANY_READ
+    ) -> int:
+        shards = collection.shards
+        return sum(await _all([self._storage.count(shard, filter, read) for shard in shards]))
 
     async def infos(self, collection: Collection) -> list[ShardInfo]:
         return await _all([self._storage.info(shard) for shard in collection.shards])
 
     # -- writes -----------------------------------------------------------------------------------
-    async def write(self, collection: Collection, request: AnyWrite) -> int:
-        """Apply one write; durable and visible when this returns its operation id, the largest
-        sequence number of the shards. Raises NotFound when a selected point does not exist, after
-        everything else was applied."""
+    async def write(self, collection: Collection, request: AnyWrite) -> Written:
+        """Apply one write; durable and visible when this returns. Raises NotFound when a selected
+        point does not exist, after everything else was applied."""
         return await self.apply(collection, await self.prepare(collection, request))
 
-    async def write_all(self, collection: Collection, requests: Sequence[AnyWrite]) -> list[int]:
+    async def write_all(
+        self, collection: Collection, requests: Sequence[AnyWrite]
+    ) -> list[Written]:
         """Apply writes in order. All are prepared before the first is applied."""
         writes = [await self.prepare(collection, request) for request in requests]
         return [await self.apply(collection, write) for write in writes]
@@ -258,7 +293,7 @@ class Coordinator:
             return UpdateVectors(request.points, request.update_filter)
         return Upsert(request.points, request.update_filter, request.mode)
 
-    async def apply(self, collection: Collection, write: Write) -> int:
+    async def apply(self, collection: Collection, write: Write) -> Written:
         parts = _split_write(write, collection.shards)
         if len(parts) == 1:
             results = [await self._storage.write(*parts[0])]
@@ -267,7 +302,9 @@ class Coordinator:
         missing = _first_missing(write, results)
         if missing is not None:
             raise NotFound(f"Not found: No point with id {format_id(missing)} found")
-        return max(result.sequence for result in results)
+        return Written(
+            {shard: result.sequence for (shard, _), result in zip(parts, results, strict=True)}
+        )
 
     # -- texts ------------------------------------------------------------------------------------
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
@@ -391,7 +428,11 @@ async def _all_written(calls: Sequence[Coroutine[Any, Any, WriteResult]]) -> lis
     if not failed:
         return [outcome for outcome in outcomes if isinstance(outcome, WriteResult)]
     error = failed[0]
-    if isinstance(error, ShoalError) and len(failed) < len(outcomes):
+    if not isinstance(error, ShoalError):
+        raise error
+    if any(isinstance(other, ShoalError) and other.maybe_applied for other in failed):
+        error.maybe_applied = True
+    if len(failed) < len(outcomes):
         error.maybe_applied = True
         error.message += (
             f" {len(outcomes) - len(failed)} of {len(outcomes)} shards have applied their part: "

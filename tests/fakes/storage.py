@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.api.filter import Filter
 from shoal.batch import DenseBlock, MultiBlock, PointBatch, SparseBlock
-from shoal.errors import AlreadyExists, NotFound, StorageFull
+from shoal.errors import NotFound, ShoalError, StorageFull
 from shoal.ids import PointIds
 from shoal.payload import decode, delete_keys, merge_payload
 from shoal.storage_api import (
@@ -24,6 +24,8 @@ from shoal.storage_api import (
     Distance,
     Hits,
     OverwritePayload,
+    Read,
+    ReplicaStatus,
     Scroll,
     Search,
     Selector,
@@ -40,6 +42,8 @@ from shoal.storage_api import (
 from storage_node.row_filter import Point, compile_filter
 
 __all__ = ["FakeStorage"]
+
+ANY = Read()
 
 
 @dataclass
@@ -65,13 +69,14 @@ class FakeShard:
 
 class FakeStorage:
     """info_overrides: how a shard says that it is. error: what every call raises from now on.
-    full: numbers of shards that refuse writes."""
+    full: numbers of shards that refuse writes. reads: how fresh each read was asked to be."""
 
     def __init__(self) -> None:
         self.shards: dict[ShardKey, FakeShard] = {}
         self.info_overrides: dict[ShardKey, ShardInfo] = {}
         self.error: Exception | None = None
         self.full: set[int] = set()
+        self.reads: list[Read] = []
 
     def _shard(self, key: ShardKey) -> FakeShard:
         if self.error is not None:
@@ -83,15 +88,23 @@ class FakeStorage:
     async def create_shard(self, spec: ShardSpec) -> None:
         if self.error is not None:
             raise self.error
-        if spec.key in self.shards:
-            raise AlreadyExists(f"shard {spec.key} exists")
-        self.shards[spec.key] = FakeShard(spec)
+        self.shards.setdefault(spec.key, FakeShard(spec))
 
     async def drop_shard(self, shard: ShardKey) -> None:
         self.shards.pop(shard, None)
 
+    async def statuses(self) -> dict[str, list[ReplicaStatus] | ShoalError]:
+        here = [
+            ReplicaStatus(
+                "local", "primary", 1, one.sequence, one.sequence, True, key, await self.info(key)
+            )
+            for key, one in self.shards.items()
+        ]
+        return {"local": here}
+
     # -- reads ------------------------------------------------------------------------------------
-    async def search(self, shard: ShardKey, query: Search) -> Hits:
+    async def search(self, shard: ShardKey, query: Search, read: Read = ANY) -> Hits:
+        self.reads.append(read)
         here = self._shard(shard)
         distance = here.spec.dense[query.using].distance
         sign = -1.0 if distance.larger_is_better else 1.0
@@ -112,17 +125,21 @@ class FakeStorage:
         ids: PointIds,
         with_payload: bool,
         with_vectors: bool | tuple[str, ...],
+        read: Read = ANY,
     ) -> PointBatch:
+        self.reads.append(read)
         here = self._shard(shard)
         keys = ids.keys()
         return _batch(here, [k for k in keys if k in here.rows], with_payload, with_vectors)
 
-    async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch:
+    async def scroll(self, shard: ShardKey, query: Scroll, read: Read = ANY) -> PointBatch:
+        self.reads.append(read)
         here = self._shard(shard)
         keys = sorted(k for k, _ in _matching(here, query.filter) if k >= (query.start or 0))
         return _batch(here, keys[: query.limit], query.with_payload, query.with_vectors)
 
-    async def count(self, shard: ShardKey, filter: Filter | None) -> int:
+    async def count(self, shard: ShardKey, filter: Filter | None, read: Read = ANY) -> int:
+        self.reads.append(read)
         return sum(1 for _ in _matching(self._shard(shard), filter))
 
     async def info(self, shard: ShardKey) -> ShardInfo:
