@@ -17,6 +17,9 @@ PLACES = (
     "log.after_write",
     "log.after_fsync",
     "log.after_trim",
+    "log.cut_after_remove",
+    "log.cut_before_rename",
+    "log.cut_after_rename",
     "seal.before_write",
     "seal.after_segment",
     "manifest.before_rename",
@@ -24,6 +27,15 @@ PLACES = (
     "merge.after_segment",
     "merge.after_install",
     "index.after_publish",
+    "outgoing.after_link",
+    "transfer.after_chunk",
+    "transfer.after_file",
+    "transfer.after_complete",
+    "install.after_begin",
+    "install.after_log",
+    "install.after_file",
+    "install.after_manifest",
+    "install.after_end",
 )
 
 

@@ -21,7 +21,7 @@ from storage_node.files import storage_errors, sync_folder
 
 __all__ = ["Manifest", "SegmentRecord", "read_manifest", "write_manifest"]
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no terms
 _NAME = "MANIFEST"
 
 
@@ -39,7 +39,9 @@ class SegmentRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """checkpoint: every log entry up to this one is in the segments and their tombstones."""
+    """checkpoint: every log entry up to this one is in the segments and their tombstones.
+    terms: (term, its first log entry) of those up to the checkpoint, whose log may be trimmed.
+    term: of the entries that a shard without other replicas writes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,6 +50,7 @@ class Manifest(BaseModel):
     shard: int
     term: int = 1
     checkpoint: int = 0
+    terms: tuple[tuple[int, int], ...] = ()
     next_segment_id: int = 1
     segments: tuple[SegmentRecord, ...] = Field(default=())
 
@@ -84,4 +87,6 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise FormatTooNew(
             f"{path} has format {fields['format']}; this Shoal reads up to {_FORMAT}"
         )
-    return Manifest.model_validate(fields)
+    if fields.get("format") == 1 and fields["checkpoint"]:
+        fields["terms"] = [[fields["term"], 1]]
+    return Manifest.model_validate(fields | {"format": _FORMAT})

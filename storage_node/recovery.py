@@ -20,25 +20,37 @@ from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_
 from storage_node.segment import SealedSegment
 from storage_node.state import ShardState
 
-__all__ = ["Recovered", "recover"]
+__all__ = ["Recovered", "adopt", "recover"]
 
 _log = telemetry.logger("storage")
 
 
 @dataclass(slots=True)
 class Recovered:
-    """unverified: segments whose files were not checked, because there were too many bytes."""
+    """unverified: segments whose files were not checked, because there were too many bytes.
+    tail: (sequence, term, entry) of those on disk that are not known to be committed, in order."""
 
     state: ShardState
     manifest: Manifest
     unverified: list[SegmentRecord] = field(default_factory=list)
+    tail: list[tuple[int, int, bytes]] = field(default_factory=list)
 
 
 def recover(
-    folder: Path, spec: ShardSpec, log: Log, verify_bytes_max: int, *, new: bool
+    folder: Path,
+    spec: ShardSpec,
+    log: Log,
+    verify_bytes_max: int,
+    *,
+    new: bool,
+    committed: int | None = None,
 ) -> Recovered:
     """Map the segments, replay the log; with `new` make a shard where there is none. The log is then
-    ready to append."""
+    ready to append.
+
+    committed: apply entries up to this one, and at least to the checkpoint, and hand back the rest
+    as `tail`. None: all; for a shard whose only replica this is.
+    """
     segments = folder / "segments"
     segments.mkdir(parents=True, exist_ok=True)
     found = read_manifest(folder)
@@ -61,16 +73,28 @@ def recover(
         size = sum(length for length, _ in record.files.values())
         state.sealed.append(_open_segment(recovered, segments, record, verify=size <= left))
         left -= size
-    for group in log.open(manifest.checkpoint, new=found is None):
-        for position, entry in enumerate(group.entries):
-            sequence = group.first + position
-            if sequence > state.applied:
+    for group in log.open(manifest.checkpoint, new=found is None, terms=manifest.terms):
+        for sequence, entry in enumerate(group.entries, group.first):
+            if sequence <= manifest.checkpoint:
+                continue
+            if committed is None or sequence <= committed:
                 state.apply(decode(entry), sequence)
+            else:
+                recovered.tail.append((sequence, group.term, entry))
     if found is None:  # last: from now on a log must be there
         write_manifest(folder, manifest)
     alive = {segment.segment_id for segment in state.sealed}
     state.merges = [merge for merge in state.merges if alive.issuperset(merge.inputs)]
     return recovered
+
+
+def adopt(folder: Path, manifest: Manifest) -> None:
+    """Make a shard of a new folder whose `segments` were copied, and synced, from the replica that
+    gave this manifest: `recover` opens it. Before it returns, the folder holds no shard."""
+    log = Log(folder / "log")
+    log.reset(manifest.checkpoint + 1, manifest.terms)
+    log.close()
+    write_manifest(folder, manifest)
 
 
 def _open_segment(

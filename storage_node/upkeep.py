@@ -253,6 +253,7 @@ class Upkeep:
         return self.manifest.model_copy(
             update={
                 "checkpoint": checkpoint.sequence,
+                "terms": tuple(t for t in self._log.terms if t[1] <= checkpoint.sequence),
                 "next_segment_id": max(
                     self.manifest.next_segment_id, checkpoint.frozen.segment_id + 1
                 ),
