@@ -44,6 +44,10 @@ class Keeper:
         if on_close is not None:
             on_close()
 
+    @property
+    def closed(self) -> bool:
+        return self._on_close is None
+
     def renewed(self, sent_s: float) -> None:
         """The store answered a keep-alive that was sent at `sent_s`, by `boottime_s`."""
         self._sent_s = sent_s
