@@ -32,7 +32,6 @@ from shoal import telemetry
 from shoal.data_dir import DataDirectory, ServerInfo
 from shoal.encoder_api import Encoder
 from shoal.errors import ShoalError
-from shoal.local_node import LocalNode
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import LOCAL_NODE
 from shoal.serving import HttpServer, Stop, bound_socket
@@ -80,8 +79,7 @@ async def _serve(
         encoder = _encoder(settings)
         if encoder is not None:
             stack.push_async_callback(encoder.close)
-        local = LocalNode(storage, lambda: [spec.key for spec in coordinator.shard_specs()])
-        router = Router(store, LocalNodes(LOCAL_NODE, local), local=LOCAL_NODE)
+        router = Router(store, LocalNodes(LOCAL_NODE, storage), local=LOCAL_NODE)
         await router.start()
         stack.push_async_callback(router.close)
         coordinator = Coordinator(store=store, storage=router, encoder=encoder, settings=settings)

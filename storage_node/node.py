@@ -1,6 +1,9 @@
-"""A storage node: the shards of one folder, behind `shoal.storage_api.Storage`.
+"""A storage node: the shard replicas of one folder, behind `shoal.storage_api.Node`.
 
     shards/{collection_id}/{shard}/   see storage_node/shard.py
+
+Which replicas there should be, and who is primary, is not decided here: alone on one machine every
+shard is this node's (`Alone`); in a cluster storage_node/member.py follows the metadata.
 
 A damaged shard is stopped, not the node. Reads that are expected to be short run where they are
 called, on the event loop: a hop to another thread costs more than they do.
@@ -18,13 +21,17 @@ from pathlib import Path
 from shoal import telemetry
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
-from shoal.errors import AlreadyExists, NotFound, Unavailable
+from shoal.errors import InvariantError, NotFound, NotPrimary, Unavailable
 from shoal.faiss_index import use_one_thread
 from shoal.ids import PointIds
 from shoal.index_api import IndexBuilder
+from shoal.metadata.schema import LOCAL_NODE
 from shoal.settings import StorageSettings
 from shoal.storage_api import (
+    FreshRead,
+    Guard,
     Hits,
+    ReplicaStatus,
     Scroll,
     Search,
     ShardInfo,
@@ -36,6 +43,7 @@ from shoal.storage_api import (
 from storage_node.bitmap_cache import SHARED
 from storage_node.files import sync_folder
 from storage_node.lanes import Lanes
+from storage_node.replica import Config, Message, Timing
 from storage_node.searching import (
     count_points,
     expected_floats,
@@ -44,20 +52,51 @@ from storage_node.searching import (
     search,
     take_rows,
 )
-from storage_node.shard import Shard
+from storage_node.shard import Membership, Shard
+from storage_node.state import ShardState
 
-__all__ = ["StorageNode"]
+__all__ = ["Alone", "StorageNode"]
 
 _log = telemetry.logger("storage")
 _INLINE_FLOATS_MAX = 1_500_000  # about 0.3 ms of scanning: below, a thread costs more than it gives
 _INLINE_TAKE_MAX = 500
+_NOW = Guard()  # whatever this replica has applied
+
+
+class Alone:
+    """Membership of a node without others: it is the primary of everything, and its disk decides."""
+
+    node = LOCAL_NODE
+    incarnation = 0
+    alone = True
+    timing = Timing(lease_s=0.0)
+    metadata_lost_s = 0.0
+
+    async def opened(self, shard: Shard) -> None:
+        only = frozenset((self.node,))
+        shard.configure(Config(1, max(1, shard.term), self.node, only))
+
+    def send(self, shard: ShardKey, to: str, message: Message) -> None:
+        raise InvariantError(f"a message to {to}, and there are no other nodes")
+
+    async def propose(self, shard: ShardKey, config: Config) -> Config:
+        raise InvariantError("a change of a record that does not exist")
+
+    def fetch_files(self, shard: ShardKey, source: str) -> None:
+        raise InvariantError(f"files wanted from {source}, and there are no other nodes")
 
 
 class StorageNode:
     def __init__(
-        self, directory: Path, *, builder: IndexBuilder | None, settings: StorageSettings
+        self,
+        directory: Path,
+        *,
+        builder: IndexBuilder | None,
+        settings: StorageSettings,
+        membership: Membership | None = None,
     ) -> None:
-        self._directory, self._builder, self._settings = directory, builder, settings
+        self.directory, self._builder, self._settings = directory, builder, settings
+        self._membership: Membership = membership or Alone()
         self._lanes = Lanes()
         SHARED.bytes_max = settings.filter_cache_bytes_max
         self._shards: dict[ShardKey, Shard] = {}
@@ -65,51 +104,90 @@ class StorageNode:
     async def start(self, specs: Sequence[ShardSpec]) -> None:
         """Open the shards that the catalog knows, and delete what it does not know: a collection
         that was deleted, or one whose creation never ended."""
+        self.prepare()
+        self.delete_all_but([spec.key for spec in specs])
+        await asyncio.gather(*(self.open_shard(spec, new=False) for spec in specs))
+
+    def prepare(self) -> None:
+        """Before anything is opened."""
         use_one_thread()
         _allow_many_files()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        wanted = {str(self._folder(spec.key).relative_to(self._directory)) for spec in specs}
-        for collection in self._directory.iterdir():
-            for folder in collection.iterdir():
-                if str(folder.relative_to(self._directory)) not in wanted:
-                    _log.warning("orphan_deleted", folder=folder)
-                    shutil.rmtree(folder)
-            if not any(collection.iterdir()):
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def found_on_disk(self) -> list[ShardKey]:
+        """The replicas that have a folder here, open or not."""
+        return [
+            ShardKey(int(folder.parent.name), int(folder.name))
+            for folder in sorted(self.directory.glob("*/*"))
+            if folder.parent.name.isdigit() and folder.name.isdigit()
+        ]
+
+    def delete_all_but(self, wanted: Sequence[ShardKey]) -> None:
+        for key in set(self.found_on_disk()) - set(wanted):
+            _log.warning("orphan_deleted", folder=self.folder(key))
+            shutil.rmtree(self.folder(key))
+        for collection in self.directory.glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # not empty: it has shards
                 collection.rmdir()
-        await asyncio.gather(*(self._open(spec, new=False) for spec in specs))
 
     async def close(self) -> None:
         await asyncio.gather(*(shard.close() for shard in self._shards.values()))
         self._shards.clear()
         await self._lanes.close()
 
-    async def _open(self, spec: ShardSpec, *, new: bool) -> None:
-        shard = Shard(self._folder(spec.key), spec, self._settings, self._builder, self._lanes)
+    async def open_shard(self, spec: ShardSpec, *, new: bool, fresh: bool = False) -> Shard:
+        """Open the replica in its folder. new: there may be nothing yet. fresh: see Replica."""
+        shard = Shard(
+            self.folder(spec.key),
+            spec,
+            self._settings,
+            self._builder,
+            self._lanes,
+            self._membership,
+        )
         self._shards[spec.key] = shard
-        await shard.open(new=new)
+        await shard.open(new=new, fresh=fresh)
+        await self._membership.opened(shard)
+        return shard
 
-    def _folder(self, key: ShardKey) -> Path:
-        return self._directory / str(key.collection_id) / str(key.shard)
+    async def close_shard(self, key: ShardKey) -> None:
+        """Its folder is left as it is."""
+        shard = self._shards.pop(key, None)
+        if shard is not None:
+            await shard.close()
+
+    def folder(self, key: ShardKey) -> Path:
+        return self.directory / str(key.collection_id) / str(key.shard)
+
+    def shards(self) -> list[Shard]:
+        return list(self._shards.values())
+
+    def find(self, key: ShardKey) -> Shard | None:
+        return self._shards.get(key)
 
     def _shard(self, key: ShardKey) -> Shard:
         shard = self._shards.get(key)
         if shard is None:
-            raise NotFound(
-                f"shard {key.shard} of collection {key.collection_id} is not on this node"
-            )
+            kind = NotFound if self._membership.alone else NotPrimary  # another node may have it
+            raise kind(f"shard {key.shard} of collection {key.collection_id} is not on this node")
         shard.check_serving()
         return shard
 
-    # -- Storage ----------------------------------------------------------------------------------
+    async def _readable(self, key: ShardKey, guard: Guard) -> ShardState:
+        shard = self._shard(key)
+        if not shard.may_answer(guard):
+            await shard.become_fresh(guard)
+        return shard.state
+
+    # -- Node -------------------------------------------------------------------------------------
     async def create_shard(self, spec: ShardSpec) -> None:
         if spec.key in self._shards:
-            raise AlreadyExists(f"shard {spec.key} exists on this node")
-        folder = self._folder(spec.key)
+            return
+        folder = self.folder(spec.key)
         folder.mkdir(parents=True, exist_ok=True)
-        for parent in (folder.parent, self._directory):
+        for parent in (folder.parent, self.directory):
             sync_folder(parent)
-        await self._open(spec, new=True)
-        shard = self._shards[spec.key]
+        shard = await self.open_shard(spec, new=True, fresh=True)
         if shard.stopped is not None:  # the disk is full, most likely: leave nothing half made
             await self.drop_shard(spec.key)
             raise shard.stop_error or Unavailable(shard.stopped)
@@ -119,7 +197,7 @@ class StorageNode:
         found = self._shards.pop(shard, None)
         if found is not None:
             await found.close()
-        folder = self._folder(shard)
+        folder = self.folder(shard)
 
         def remove() -> None:
             if folder.exists():
@@ -132,24 +210,32 @@ class StorageNode:
     async def write(self, shard: ShardKey, op: Write) -> WriteResult:
         return await self._shard(shard).write(op)
 
-    async def search(self, shard: ShardKey, query: Search) -> Hits:
-        snapshot = self._shard(shard).state.snapshot()
+    async def search(self, shard: ShardKey, query: Search, guard: Guard = _NOW) -> FreshRead[Hits]:
+        state = await self._readable(shard, guard)
+        applied, snapshot = state.applied, state.snapshot()
         few = expected_floats(snapshot, query) <= _INLINE_FLOATS_MAX
         if few and is_quick(snapshot, query.filter):
-            return search(snapshot, query)
-        return await self._lanes.search(search, snapshot, query)
+            return FreshRead(search(snapshot, query), applied)
+        return FreshRead(await self._lanes.search(search, snapshot, query), applied)
 
-    async def scroll(self, shard: ShardKey, query: Scroll) -> PointBatch:
-        snapshot = self._shard(shard).state.snapshot()
+    async def scroll(
+        self, shard: ShardKey, query: Scroll, guard: Guard = _NOW
+    ) -> FreshRead[PointBatch]:
+        state = await self._readable(shard, guard)
+        applied, snapshot = state.applied, state.snapshot()
         if query.limit <= 100 and is_quick(snapshot, query.filter):
-            return scroll(snapshot, query)
-        return await self._lanes.search(scroll, snapshot, query)
+            return FreshRead(scroll(snapshot, query), applied)
+        return FreshRead(await self._lanes.search(scroll, snapshot, query), applied)
 
-    async def count(self, shard: ShardKey, filter: Filter | None) -> int:
-        state = self._shard(shard).state
+    async def count(
+        self, shard: ShardKey, filter: Filter | None, guard: Guard = _NOW
+    ) -> FreshRead[int]:
+        state = await self._readable(shard, guard)
+        applied = state.applied
         if filter is None:
-            return state.point_count
-        return await self._lanes.search(count_points, state.snapshot(), filter)
+            return FreshRead(state.point_count, applied)
+        counted = await self._lanes.search(count_points, state.snapshot(), filter)
+        return FreshRead(counted, applied)
 
     async def retrieve(
         self,
@@ -157,12 +243,19 @@ class StorageNode:
         ids: PointIds,
         with_payload: bool,
         with_vectors: bool | tuple[str, ...],
-    ) -> PointBatch:
-        state = self._shard(shard).state
-        snapshot, places = state.snapshot(), [p for p in state.locate(ids) if p is not None]
+        guard: Guard = _NOW,
+    ) -> FreshRead[PointBatch]:
+        state = await self._readable(shard, guard)
+        applied, snapshot = state.applied, state.snapshot()
+        places = [place for place in state.locate(ids) if place is not None]
         if len(places) <= _INLINE_TAKE_MAX:
-            return take_rows(snapshot, places, with_payload, with_vectors)
-        return await self._lanes.search(take_rows, snapshot, places, with_payload, with_vectors)
+            return FreshRead(take_rows(snapshot, places, with_payload, with_vectors), applied)
+        taken = await self._lanes.search(take_rows, snapshot, places, with_payload, with_vectors)
+        return FreshRead(taken, applied)
+
+    async def status(self) -> list[ReplicaStatus]:
+        lost_s = self._membership.metadata_lost_s
+        return [shard.status(lost_s) for shard in self._shards.values()]
 
     async def info(self, shard: ShardKey) -> ShardInfo:
         found = self._shards.get(shard)

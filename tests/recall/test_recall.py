@@ -195,7 +195,7 @@ def test_recall_and_completeness_with_every_selectivity(
             for name, (chosen, mask) in cases.items():
                 found = []
                 for query in points.queries:
-                    hits = await node.search(KEY, Search("", query, K, filter=chosen))
+                    hits = (await node.search(KEY, Search("", query, K, filter=chosen))).value
                     found.append(
                         check(hits, exact(points, query, Distance.COSINE), mask, Distance.COSINE)
                     )
@@ -217,7 +217,7 @@ def test_more_results_than_the_beam_is_wide(
     async def run() -> None:
         async with node_with(tmp_path, points, Distance.COSINE) as node:
             for query in points.queries:
-                hits = await node.search(KEY, Search("", query, 300, filter=chosen, ef=16))
+                hits = (await node.search(KEY, Search("", query, 300, filter=chosen, ef=16))).value
                 check(hits, exact(points, query, Distance.COSINE), mask, Distance.COSINE, 300)
 
     asyncio.run(run())
@@ -239,7 +239,7 @@ def test_exact_search_is_brute_force_after_deletes_and_updates(
                     )
                     scores = exact(points, query, distance)
                     search = Search("", query, K, filter=chosen, exact=True)
-                    hits = await node.search(KEY, search)
+                    hits = (await node.search(KEY, search)).value
                     assert check(hits, scores, alive & mask_of(points), distance) == 1.0
 
     asyncio.run(run())
@@ -255,7 +255,7 @@ def test_recall_after_deletes_and_updates(tmp_path: Path, distance: Distance) ->
             alive = await change(node, points)
             found = []
             for query in points.queries:
-                hits = await node.search(KEY, Search("", query, K))
+                hits = (await node.search(KEY, Search("", query, K))).value
                 found.append(check(hits, exact(points, query, distance), alive, distance))
             print(f"recall {np.mean(found):.3f}")
             assert np.mean(found) >= RECALL_MIN
@@ -276,7 +276,7 @@ async def change(node: StorageNode, points: Points) -> NDArray[np.bool_]:
     near = points.vectors[(moved + 1) % count] + 0.2 * points.vectors[(moved + 2) % count]
     points.vectors[moved] = near * (length / np.linalg.norm(near, axis=1, keepdims=True))
     await upsert(node, points, moved)
-    assert await node.count(KEY, None) == int(alive.sum())
+    assert (await node.count(KEY, None)).value == int(alive.sum())
     return alive
 
 
@@ -312,7 +312,7 @@ def test_recall_on_100k_real_embeddings(tmp_path: Path, monkeypatch: pytest.Monk
         for name, chosen, mask in cases:
             share = 0.0
             for query, best in zip(corpus.queries, truth[name], strict=True):
-                hits = await node.search(KEY, Search("", query, K, filter=chosen))
+                hits = (await node.search(KEY, Search("", query, K, filter=chosen))).value
                 ids = hits.points.ids.lo.astype(np.int64)
                 assert len(set(ids.tolist())) == len(ids) == len(best)
                 assert mask[ids].all()

@@ -142,8 +142,8 @@ class Model:
 
     async def check(self, node: StorageNode) -> None:
         assert (await node.info(KEY)).stopped is None
-        assert await node.count(KEY, None) == len(self.points)
-        page = await node.scroll(KEY, Scroll(limit=1000, with_vectors=True))
+        assert (await node.count(KEY, None)).value == len(self.points)
+        page = (await node.scroll(KEY, Scroll(limit=1000, with_vectors=True))).value
         assert page.ids.keys() == sorted(self.points)
         for row, key in enumerate(page.ids.keys()):
             payload, vectors = self.points[key]
@@ -161,11 +161,13 @@ class Model:
                 span = slice(block.indptr[row], block.indptr[row + 1])
                 assert (block.indices[span].tolist(), block.values[span].tolist()) == vectors["s"]
         start = self.random.choice(self.keys)
-        page = await node.scroll(KEY, Scroll(limit=7, start=start))
+        page = (await node.scroll(KEY, Scroll(limit=7, start=start))).value
         assert page.ids.keys() == [k for k in sorted(self.points) if k >= start][:7]
         for exact in (True, False):
             query = np.array(self.vector(DIM), np.float32)
-            hits = await node.search(KEY, Search("", query, 10, exact=exact, with_payload=True))
+            hits = (
+                await node.search(KEY, Search("", query, 10, exact=exact, with_payload=True))
+            ).value
             scored = [
                 (-float(np.dot(query, np.array(v[""], np.float32))), key)
                 for key, (_, v) in self.points.items()
@@ -237,7 +239,7 @@ def test_a_graph_is_built_published_and_used_after_a_restart(
         assert (await node.info(KEY)).indexed_vectors == info.indexed_vectors
         hits = found = 0
         for query in vectors[::200]:
-            got = await node.search(KEY, Search("", query, 10))
+            got = (await node.search(KEY, Search("", query, 10))).value
             want = np.argsort(-(vectors @ query), kind="stable")[:10]
             found += len(set(got.points.ids.keys()) & set(want.tolist()))
             hits += 10

@@ -183,7 +183,7 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, verify: int) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     async def serves(node: StorageNode) -> None:
-        found = await node.search(KEY, Search("", np.ones(DIM, np.float32), 10))
+        found = (await node.search(KEY, Search("", np.ones(DIM, np.float32), 10))).value
         assert len(found.scores) == 10
         info = await until(node, lambda info: info.indexed_vectors > 0 and not info.pending)
         assert info.stopped is None
@@ -213,12 +213,12 @@ def test_writes_are_refused_and_not_left_waiting_when_seals_find_no_room(
         monkeypatch.setattr(files.os, "statvfs", lambda path: Full)
         with pytest.raises(StorageFull):
             await write_on()
-        readable = await node.count(KEY, None)
+        readable = (await node.count(KEY, None)).value
         assert readable >= 1000
         monkeypatch.undo()
         await settled(node)
         await node.write(KEY, Upsert(points([10**6])))
-        assert await node.count(KEY, None) == readable + 1
+        assert (await node.count(KEY, None)).value == readable + 1
 
     with_node(tmp_path, test)
 
@@ -238,7 +238,7 @@ def test_a_shard_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
             await node.count(KEY, None)
         await node.create_shard(spec())
         await node.write(KEY, Upsert(points(range(3))))
-        assert await node.count(KEY, None) == 3
+        assert (await node.count(KEY, None)).value == 3
         await node.close()
 
     asyncio.run(run())
@@ -333,8 +333,8 @@ def test_rows_without_the_vector_do_not_ruin_its_graph(tmp_path: Path, distance:
         assert info.indexed_vectors > 3000
         found = 0
         for query in vectors[3::80]:
-            near = await node.search(KEY, Search("", query, 10, ef=200, with_vectors=True))
-            exact = await node.search(KEY, Search("", query, 10, exact=True))
+            near = (await node.search(KEY, Search("", query, 10, ef=200, with_vectors=True))).value
+            exact = (await node.search(KEY, Search("", query, 10, exact=True))).value
             keys = near.points.ids.keys()
             assert present[keys].all()
             assert np.array_equal(near.points.dense[""].values, vectors[keys])
@@ -351,7 +351,7 @@ def test_scores_that_overflow_are_still_results(tmp_path: Path) -> None:
         await node.write(
             KEY, Upsert(PointBatch(PointIds.from_keys(list(range(50))), {"": DenseBlock(huge)}))
         )
-        found = await node.search(KEY, Search("", np.full(DIM, 3e38, np.float32), 10))
+        found = (await node.search(KEY, Search("", np.full(DIM, 3e38, np.float32), 10))).value
         assert found.points.ids.keys() == list(range(10))
 
     with_node(tmp_path, test)
@@ -365,7 +365,7 @@ def test_a_change_of_many_points_is_done_in_parts_and_refused_when_too_large(
         await node.write(KEY, Upsert(points(range(2500))))
         result = await node.write(KEY, SetPayload(where(range(2600)), b'{"a":1}'))
         assert result.missing == 2500
-        found = await node.retrieve(KEY, PointIds.from_keys([0, 1234, 2499]), True, False)
+        found = (await node.retrieve(KEY, PointIds.from_keys([0, 1234, 2499]), True, False)).value
         assert [found.payload_of(row) for row in range(3)] == [b'{"a":1}'] * 3
         large = b'{"a":"' + b"x" * (4 << 20) + b'"}'
         with pytest.raises(BodyTooLarge):
@@ -381,7 +381,7 @@ def test_one_point_named_many_times_gets_the_last_of_each_vector(tmp_path: Path)
         batch = points([1] * 500 + [2, 1])
         batch.dense[""].present = np.array([True] * 500 + [True, False])
         await node.write(KEY, UpdateVectors(batch))
-        found = await node.retrieve(KEY, PointIds.from_keys([1, 2]), False, True)
+        found = (await node.retrieve(KEY, PointIds.from_keys([1, 2]), False, True)).value
         assert np.array_equal(found.dense[""].values, batch.dense[""].values[[499, 500]])
 
     with_node(tmp_path, test)
@@ -392,7 +392,7 @@ def test_orphans_are_deleted_and_others_kept(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "1", tmp_path / "2")
 
     async def test(node: StorageNode) -> None:
-        assert await node.count(KEY, None) == 3000
+        assert (await node.count(KEY, None)).value == 3000
         assert os.listdir(tmp_path) == ["1"]
 
     with_node(tmp_path, test, specs=[spec()])

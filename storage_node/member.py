@@ -1,0 +1,378 @@
+"""A storage node as a member of a cluster: what the metadata says happens to its replicas.
+
+    shards/{collection}/{n}   names this node     -> open it, tell it its configuration
+                              in `joining`        -> an empty replica; the primary fills it
+                              in `leaving`        -> delete it, then take ourselves out of `leaving`
+                              not at all          -> kept as it is: it may come back by its log
+                              the record is gone  -> the collection was deleted: delete it
+
+A replica is deleted only for a record that we saw, or that the metadata store must have had: one
+that lost everything (a new etcd under an old address) deletes nothing here, and a data folder of
+another cluster is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal import telemetry
+from shoal.errors import BadRequest, NotFound, ShoalError, StartupError, Unavailable
+from shoal.files_api import FileChunk, FileSnapshot, FileSource
+from shoal.index_api import IndexBuilder
+from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
+from shoal.metadata.schema import (
+    COLLECTION_ID_KEY,
+    COLLECTIONS_PREFIX,
+    SHARDS_PREFIX,
+    CollectionRecord,
+    IdRecord,
+    ShardRecord,
+    shard_key,
+    shard_spec,
+)
+from shoal.metadata.watched import Watched
+from shoal.node.v1.replication_pb2 import ReplicaMessage
+from shoal.settings import StorageSettings
+from shoal.storage_api import ShardKey, ShardSpec
+from storage_node.files import write_file
+from storage_node.node import StorageNode
+from storage_node.outgoing import Outgoing, clear_outgoing
+from storage_node.replica import Config, Message, Timing
+from storage_node.replica_wire import decode_message, encode_message
+from storage_node.shard import Shard
+from storage_node.transfer import discard, download, finish_install, install
+
+__all__ = ["ClusterNode"]
+
+_log = telemetry.logger("member")
+_CLUSTER_KEY = "cluster"
+_CLUSTER_FILE = "CLUSTER"
+_RETRY_S = 1.0
+
+
+class ClusterNode:
+    """A `StorageNode` and its membership.
+
+    node_id       its name in the metadata store
+    send          the bus: (to, message, bytes) -> whether it was taken
+    sources       node id -> its files, for replicas that cannot come back by the log
+    metadata_lost how long ago the metadata store was last heard from, in seconds; 0 while it answers
+    """
+
+    alone = False
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        node_id: str,
+        store: MetadataStore,
+        send: Callable[[str, ReplicaMessage, int], bool],
+        sources: Callable[[str], FileSource],
+        metadata_lost: Callable[[], float],
+        builder: IndexBuilder | None,
+        settings: StorageSettings,
+        timing: Timing | None = None,
+    ) -> None:
+        self.node = node_id
+        self.timing = timing or Timing(replica_timeout_s=settings.replica_timeout_s)
+        self.storage = StorageNode(directory, builder=builder, settings=settings, membership=self)
+        self._store, self._send, self._sources = store, send, sources
+        self._metadata_lost, self._settings = metadata_lost, settings
+        self._outgoing = Outgoing(bytes_per_s=settings.transfer_bytes_per_s_max)
+        self._fetching: set[ShardKey] = set()
+        self._records = Watched(
+            store, [COLLECTIONS_PREFIX, SHARDS_PREFIX], on_change=self._on_change
+        )
+        self._collections: dict[int, CollectionRecord] = {}
+        self._locks: dict[ShardKey, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started = False
+
+    # -- life -------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Open what is on the disk and in the metadata, and follow the metadata from here on.
+        Raises StartupError for a data folder of another cluster."""
+        self.storage.prepare()
+        await self._check_cluster()
+        await self._records.start()
+        known = {key for key in self._wanted() if self.storage.folder(key).exists()}
+        await self._delete_orphans(known)
+        await asyncio.gather(*(self._reconcile(key) for key in self._wanted()))
+        self._started = True
+        for key in self._wanted():  # what changed while they were being opened
+            self._spawn(self._reconcile(key))
+        self._spawn(self._tick())
+
+    async def close(self) -> None:
+        await self._records.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._outgoing.close()
+        await self.storage.close()
+
+    async def _check_cluster(self) -> None:
+        """One data folder belongs to one cluster, for good."""
+        path = self.storage.directory / _CLUSTER_FILE
+        found = await self._store.get(_CLUSTER_KEY)
+        if found is None:
+            with contextlib.suppress(Uncertain):
+                value = json.dumps({"version": 1, "id": str(uuid.uuid4())}).encode()
+                await self._store.txn([Compare(_CLUSTER_KEY, 0)], {_CLUSTER_KEY: value})
+            found = await self._store.get(_CLUSTER_KEY)
+            if found is None:
+                raise Unavailable("the metadata store does not keep what is written to it")
+        if not path.exists():
+            write_file(path, [found.value])
+        elif path.read_bytes() != found.value:
+            raise StartupError(
+                f"The data folder {self.storage.directory} belongs to another cluster than this "
+                "metadata store. Use the right store, or an empty folder. Nothing was changed."
+            )
+
+    async def _delete_orphans(self, known: set[ShardKey]) -> None:
+        """Replicas of collections that were deleted while this node was away."""
+        entry = await self._store.get(COLLECTION_ID_KEY)
+        ids = IdRecord() if entry is None else IdRecord.from_bytes(entry.key, entry.value)
+        kept = known | {
+            key for key in self.storage.found_on_disk() if key.collection_id >= ids.next_id
+        }
+        for key in kept - known:
+            _log.error("replica_unknown", folder=self.storage.folder(key))
+        self.storage.delete_all_but(list(kept))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("member_task_failed", error=error)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.timing.heartbeat_s / 2)
+            for shard in self.storage.shards():
+                shard.tick()
+
+    # -- what the records say ---------------------------------------------------------------------
+    def _on_change(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.key.startswith(COLLECTIONS_PREFIX):
+                if event.value is not None:
+                    record = CollectionRecord.from_bytes(event.key, event.value)
+                    self._collections[record.id] = record
+                    if self._started:
+                        for key in record.shards():
+                            self._spawn(self._reconcile(key))
+            elif self._started and (shard := _parse(event.key)) is not None:
+                self._spawn(self._reconcile(shard))
+
+    def _wanted(self) -> list[ShardKey]:
+        """Every shard that has a record."""
+        found = (_parse(k) for k in self._records.entries if k.startswith(SHARDS_PREFIX))
+        return [key for key in found if key is not None]
+
+    def _record(self, key: ShardKey) -> tuple[ShardRecord, int] | None:
+        entry = self._records.entries.get(shard_key(key.collection_id, key.shard))
+        return None if entry is None else _read(entry)
+
+    def _spec(self, key: ShardKey) -> ShardSpec | None:
+        record = self._collections.get(key.collection_id)
+        return None if record is None else shard_spec(record, key.shard)
+
+    async def _reconcile(self, key: ShardKey) -> None:
+        """Make this node agree with the record, as it is now."""
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            found = self._record(key)
+            if found is None:
+                if self.storage.find(key) is not None:
+                    _log.info("replica_deleted", shard=key, why="its collection was deleted")
+                    await self.storage.drop_shard(key)
+                self._locks.pop(key, None)
+                return
+            record, revision = found
+            shard = self.storage.find(key)
+            if self.node in record.leaving and self.node not in record.members():
+                await self._leave(key, record, revision)
+            elif shard is not None:
+                shard.configure(self._config(record, revision))
+            else:
+                await self._open(key, record)
+
+    async def _open(self, key: ShardKey, record: ShardRecord) -> None:
+        spec = self._spec(key)
+        if spec is None:
+            return  # the collection's record is on its way
+        if self.storage.folder(key).exists():
+            await self._reopen(key, spec)
+        elif self.node in record.joining:
+            _log.info("replica_joins", shard=key, primary=record.primary)
+            self.storage.folder(key).mkdir(parents=True)
+            await self.storage.open_shard(spec, new=True)
+        elif self.node in record.in_sync and self._started:
+            return  # being created; the coordinator asks for it in a moment
+        elif self.node in record.in_sync:
+            _log.error(
+                "replica_lost",
+                shard=key,
+                why="this node should hold the shard and has no data for it; the others go on "
+                "without it, and it gets a new copy when the monitor decides so",
+            )
+
+    async def opened(self, shard: Shard) -> None:
+        """Read the record anew: an old one could make a primary of the past speak again."""
+        key = shard.spec.key
+        entry = await self._store.get(shard_key(key.collection_id, key.shard))
+        if entry is not None:
+            shard.configure(self._config(*_read(entry)))
+
+    def _config(self, record: ShardRecord, revision: int) -> Config:
+        collection = self._collections.get(record.collection_id)
+        factor = None if collection is None else collection.request().write_consistency_factor
+        return Config(
+            revision,
+            record.term,
+            record.primary,
+            frozenset(record.in_sync),
+            frozenset(record.joining),
+            writers_min=factor or 1,
+        )
+
+    async def _leave(self, key: ShardKey, record: ShardRecord, revision: int) -> None:
+        _log.info("replica_deleted", shard=key, why="the cluster has enough copies without it")
+        await self.storage.drop_shard(key)
+        left = record.model_copy(update={"leaving": [n for n in record.leaving if n != self.node]})
+        with contextlib.suppress(ShoalError):  # the record comes again while we are in it
+            await self._store.txn([Compare(record.key, revision)], {record.key: left.to_bytes()})
+
+    # -- what replicas ask of their node ----------------------------------------------------------
+    @property
+    def metadata_lost_s(self) -> float:
+        return self._metadata_lost()
+
+    def send(self, shard: ShardKey, to: str, message: Message) -> None:
+        body = encode_message(message)
+        envelope = ReplicaMessage(
+            sender=self.node,
+            to=to,
+            collection_id=shard.collection_id,
+            shard=shard.shard,
+            body=body,
+        )
+        self._send(to, envelope, len(body))  # a lost one is sent again when nobody answers
+
+    def deliver(self, message: ReplicaMessage) -> None:
+        """From the bus. Raises BadRequest for what no replica says."""
+        if message.to != self.node:
+            raise BadRequest(f"Bad request: a message for {message.to!r} came to {self.node!r}")
+        shard = self.storage.find(ShardKey(message.collection_id, message.shard))
+        if shard is not None:
+            shard.receive(message.sender, decode_message(message.body))
+
+    async def propose(self, shard: ShardKey, config: Config) -> Config:
+        """Returns the record as it is afterwards, ours or another. An uncertain change is repeated:
+        both tries compare the same revision, so it happens once at most, and when the second one is
+        refused the record tells which it was."""
+        key = shard_key(shard.collection_id, shard.shard)
+        entry = await self._store.get(key)
+        if entry is None:
+            raise NotFound(f"the record {key} is gone: its collection was deleted")
+        record, revision = _read(entry)
+        if revision != config.revision:
+            return self._config(record, revision)
+        changed = record.model_copy(
+            update={
+                "term": config.term,
+                "primary": config.primary,
+                "in_sync": sorted(config.in_sync),
+                "joining": sorted(config.joining),
+            }
+        )
+        while True:
+            try:
+                done = await self._store.txn([Compare(key, revision)], {key: changed.to_bytes()})
+            except Uncertain:
+                await asyncio.sleep(_RETRY_S)
+                continue
+            break
+        if done.ok:
+            _log.info("record_changed", shard=key, term=config.term, in_sync=sorted(config.in_sync))
+            return self._config(changed, done.revision)
+        entry = await self._store.get(key)
+        if entry is None:
+            raise NotFound(f"the record {key} is gone: its collection was deleted")
+        return self._config(*_read(entry))
+
+    # -- files of replicas ------------------------------------------------------------------------
+    def fetch_files(self, shard: ShardKey, source: str) -> None:
+        if shard not in self._fetching:
+            self._fetching.add(shard)
+            self._spawn(self._join_by_files(shard, source))
+
+    async def _join_by_files(self, key: ShardKey, source: str) -> None:
+        """Take over the files of the primary; the log from there on then comes by itself. What fails
+        is tried again when the primary next says that its log does not reach back to us."""
+        folder = self.storage.folder(key)
+        try:
+            _log.info("replica_fetched", shard=key, source=source)
+            await download(
+                self._sources(source),
+                key,
+                folder,
+                disk_free_bytes_min=self._settings.disk_free_bytes_min,
+            )
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                found, spec = self._record(key), self._spec(key)
+                if found is None or spec is None or self.node not in found[0].joining:
+                    await asyncio.to_thread(discard, folder)
+                    return
+                await self.storage.close_shard(key)
+                try:
+                    await asyncio.to_thread(install, folder)
+                finally:
+                    await self._reopen(key, spec)
+        except ShoalError as error:
+            _log.warning("replica_not_fetched", shard=key, source=source, why=error.message)
+        finally:
+            self._fetching.discard(key)
+
+    async def _reopen(self, key: ShardKey, spec: ShardSpec) -> None:
+        folder = self.storage.folder(key)
+        await asyncio.to_thread(finish_install, folder)
+        await asyncio.to_thread(clear_outgoing, folder)
+        await self.storage.open_shard(spec, new=False)
+
+    async def snapshot(self, shard: ShardKey) -> FileSnapshot:
+        """The files of a replica here, see shoal/files_api.py."""
+        found = self.storage.find(shard)
+        if found is None:
+            raise NotFound(f"shard {shard.shard} of {shard.collection_id} is not on {self.node}")
+        found.check_serving()
+        return await self._outgoing.snapshot(found.folder, lambda: found.manifest)
+
+    def fetch(self, snapshot_id: str, path: str, offset: int) -> AsyncIterator[FileChunk]:
+        return self._outgoing.fetch(snapshot_id, path, offset)
+
+    async def release(self, snapshot_id: str) -> None:
+        await self._outgoing.release(snapshot_id)
+
+
+def _parse(key: str) -> ShardKey | None:
+    parts = key.removeprefix(SHARDS_PREFIX).split("/")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        return None
+    return ShardKey(int(parts[0]), int(parts[1]))
+
+
+def _read(entry: KeyValue) -> tuple[ShardRecord, int]:
+    return ShardRecord.from_bytes(entry.key, entry.value), entry.revision
