@@ -24,12 +24,12 @@ class Seen:
 
 
 def assess(
-    seen: Sequence[Seen], disk: DiskSpace | None, *, disk_free_bytes_min: int, ready: bool
+    seen: Sequence[Seen], disk: DiskSpace | None, *, disk_free_bytes_min: int | None, ready: bool
 ) -> HealthReport:
     """The report on everything that was seen; its age is 0.
 
     disk                 None: could not be read, which is a reason for yellow.
-    disk_free_bytes_min  below it the storage refuses writes.
+    disk_free_bytes_min  below it the storage refuses writes; None: no data of ours is on a disk here.
     """
     shards = tuple(assess_shard(look) for look in seen)
     disk_state, disk_reason = _assess_disk(disk, disk_free_bytes_min)
@@ -67,7 +67,9 @@ def assess_shard(seen: Seen) -> ShardHealth:
     return ShardHealth(seen.key, seen.collection, state, reason, info)
 
 
-def _assess_disk(disk: DiskSpace | None, free_bytes_min: int) -> tuple[Health, str | None]:
+def _assess_disk(disk: DiskSpace | None, free_bytes_min: int | None) -> tuple[Health, str | None]:
+    if free_bytes_min is None:
+        return Health.GREEN, None
     if disk is None:
         return Health.YELLOW, "The free space of the disk cannot be read."
     free = f"{disk.free_bytes / 2**20:.0f} MiB of the disk are free"

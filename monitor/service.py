@@ -30,7 +30,7 @@ _log = logger("monitor")
 class Monitor:
     """storage      the node to ask.
     specs        the shards that should exist, as the catalog says now.
-    directory    the data folder, for free space.
+    directory    the data folder, for free space; None: the data is elsewhere.
     clock        seconds that never go back.
     """
 
@@ -38,18 +38,17 @@ class Monitor:
         self,
         storage: Storage,
         specs: Callable[[], Sequence[ShardSpec]],
-        directory: Path,
+        directory: Path | None,
         settings: StorageSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._storage, self._specs, self._directory = storage, specs, directory
-        self._settings, self._clock = settings, clock
+        self._clock = clock
+        self._disk_free_bytes_min = settings.disk_free_bytes_min if directory is not None else None
         self._ready = False
         self._task: asyncio.Task[None] | None = None
-        self._report = assess(
-            [], None, disk_free_bytes_min=settings.disk_free_bytes_min, ready=False
-        )
+        self._report = assess([], None, disk_free_bytes_min=self._disk_free_bytes_min, ready=False)
         self._looked_at = clock()
         self._told: Health | None = None  # the state that the log had last
 
@@ -81,7 +80,7 @@ class Monitor:
         self._report = assess(
             seen,
             self._disk(),
-            disk_free_bytes_min=self._settings.disk_free_bytes_min,
+            disk_free_bytes_min=self._disk_free_bytes_min,
             ready=self._ready,
         )
         self._tell()
@@ -113,6 +112,8 @@ class Monitor:
             return Seen(spec.key, spec.collection, None, error.message)
 
     def _disk(self) -> DiskSpace | None:
+        if self._directory is None:
+            return None
         try:
             usage = shutil.disk_usage(self._directory)
         except OSError:

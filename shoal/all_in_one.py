@@ -13,28 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import socket
 
 import uvloop
-from pydantic import SecretStr
 
-from coordinator.app import create_app
-from coordinator.grpc_api import GrpcApi
-from coordinator.one_write import OneWriteProtocol
 from coordinator.router import LocalNodes, Router
 from coordinator.service import Coordinator
-from encoder.service import LocalEncoder
 from index_node.builder import ProcessBuilder
 from monitor.service import Monitor
 from shoal import telemetry
 from shoal.data_dir import DataDirectory, ServerInfo
-from shoal.encoder_api import Encoder
-from shoal.errors import ShoalError
+from shoal.front import make_encoder, serve_front
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import LOCAL_NODE
-from shoal.serving import HttpServer, Stop, bound_socket
+from shoal.serving import Stop, bound_socket
 from shoal.settings import ServeSettings
 from shoal.version import VERSION
 from storage_node.node import StorageNode
@@ -76,7 +69,7 @@ async def _serve(
         stack.push_async_callback(builder.close)
         storage = StorageNode(directory.shards, builder=builder, settings=settings)
         stack.push_async_callback(storage.close)
-        encoder = _encoder(settings)
+        encoder = make_encoder(settings)
         if encoder is not None:
             stack.push_async_callback(encoder.close)
         router = Router(store, LocalNodes(LOCAL_NODE, storage), local=LOCAL_NODE)
@@ -89,63 +82,16 @@ async def _serve(
         monitor = Monitor(router, coordinator.shard_specs, directory.path, settings)
         stack.push_async_callback(monitor.close)
         await monitor.start()
+        stack.callback(directory.withdraw)
 
-        app = create_app(
-            coordinator,
-            health=monitor.report,
-            api_key=_plain(settings.api_key),
-            read_only_api_key=_plain(settings.read_only_api_key),
-        )
-        grpc_api = GrpcApi(
-            coordinator,
-            api_key=_plain(settings.api_key),
-            read_only_api_key=_plain(settings.read_only_api_key),
-        )
-        grpc_port = await grpc_api.start(settings.grpc_host, settings.grpc_port)
-        stack.push_async_callback(grpc_api.close, settings.shutdown_grace_s)
-        info = ServerInfo(
-            os.getpid(), settings.http_host, listener.getsockname()[1], VERSION, grpc_port
-        )
-
-        def ready() -> None:
-            gc.collect()
-            gc.freeze()  # what is here now stays: collections need not walk it again
-            monitor.set_ready(True)
+        def ready(grpc_port: int) -> None:
+            info = ServerInfo(
+                os.getpid(), settings.http_host, listener.getsockname()[1], VERSION, grpc_port
+            )
             directory.announce(info)
             _log.info("ready", url=info.url, data_dir=directory.path, version=VERSION)
 
-        server = HttpServer(
-            app, protocol=OneWriteProtocol, grace_s=settings.shutdown_grace_s, ready=ready
+        await serve_front(
+            coordinator, encoder, monitor, settings, listener=listener, stop=stop, ready=ready
         )
-        stack.callback(directory.withdraw)
-        stop.call(lambda _: monitor.set_ready(False))
-        stop.call(server.stop)
-        stop.call(
-            lambda at_once: grpc_api.begin_close(0.0 if at_once else settings.shutdown_grace_s)
-        )
-        if encoder is not None and settings.encoder_preload:
-            loading = asyncio.create_task(_preload(encoder), name="preload")
-            stack.callback(loading.cancel)
-        await server.serve(sockets=[listener])
     _log.info("stopped")
-
-
-async def _preload(encoder: Encoder) -> None:
-    """A server whose encoder cannot load still serves vectors; the first text gets the error."""
-    for model in encoder.models():
-        try:
-            loaded = await encoder.prepare(model.name)
-        except ShoalError as error:
-            _log.warning("encoder_not_loaded", model=model.name, why=error.message)
-        else:
-            _log.info("encoder_loaded", model=loaded.name, precision=loaded.precision)
-
-
-def _encoder(settings: ServeSettings) -> Encoder | None:
-    if settings.encoder_model.lower() == "none":
-        return None
-    return LocalEncoder(settings)
-
-
-def _plain(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()

@@ -20,11 +20,21 @@ from pathlib import Path
 from shoal.errors import SettingsError, Unavailable
 from shoal.metadata.schema import NodeRole
 
-__all__ = ["NodeInfo", "ask_health", "read_node_info"]
+__all__ = ["HealthTls", "NodeInfo", "ask_health", "read_node_info"]
 
 NODE_FILE, SERVER_FILE = "node.json", "server.json"
 ASK_S_MAX = 5.0
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+
+@dataclass(frozen=True, slots=True)
+class HealthTls:
+    """How to ask a process that speaks TLS: its own files, and the host that its certificate names."""
+
+    ca: str
+    certificate: str
+    key: str
+    host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,7 @@ class NodeInfo:
     http: str
     grpc: str
     version: str
+    tls: HealthTls | None = None
 
     def write(self, folder: Path) -> None:
         """Whole or not at all. Raises OSError."""
@@ -54,7 +65,8 @@ def read_node_info(folder: Path) -> NodeInfo | None:
     """What the process of this folder said; None while it has said nothing."""
     try:
         said = json.loads((folder / NODE_FILE).read_bytes())
-        return NodeInfo(**{**said, "role": NodeRole(said["role"])})
+        tls = HealthTls(**said["tls"]) if said["tls"] is not None else None
+        return NodeInfo(**{**said, "role": NodeRole(said["role"]), "tls": tls})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -74,7 +86,7 @@ def ask_health(folder: Path | None) -> str:
     if info is not None:
         if info.http:
             return _ask_http(info.http)
-        return _ask_grpc(info.grpc)
+        return _ask_grpc(info.grpc, info.tls)
     try:
         said = json.loads((folder / SERVER_FILE).read_bytes())
         return _ask_http(f"{said['http_host']}:{said['http_port']}")
@@ -105,16 +117,24 @@ def _ask_http(address: str) -> str:
     return f"{host}:{port} is ready."
 
 
-def _ask_grpc(address: str) -> str:
+def _ask_grpc(address: str, tls: HealthTls | None) -> str:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     host, port = _here(address)
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with grpc.insecure_channel(target) as channel:
+    if tls is None:
+        channel = grpc.insecure_channel(target)
+    else:
+        credentials = grpc.ssl_channel_credentials(
+            *(Path(file).read_bytes() for file in (tls.ca, tls.key, tls.certificate))
+        )
+        options = [("grpc.ssl_target_name_override", tls.host)]
+        channel = grpc.secure_channel(target, credentials, options)
+    with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=ASK_S_MAX, wait_for_ready=False
+                health_pb2.HealthCheckRequest(), timeout=ASK_S_MAX
             )
         except grpc.RpcError as error:
             raise Unavailable(f"{target} does not answer: {error.details()}.") from error

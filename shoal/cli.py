@@ -161,9 +161,9 @@ def _coordinator(arguments: list[str]) -> int:
 
     about = "Answer the public APIs of a cluster. It keeps nothing; run two or more."
     settings = _process_settings("coordinator", about, CoordinatorProcess, arguments)
-    from shoal.roles import coordinator
+    from shoal.roles.coordinator import run
 
-    coordinator(settings)
+    run(settings)
     return 0
 
 
@@ -172,9 +172,9 @@ def _storage_node(arguments: list[str]) -> int:
 
     about = "Hold replicas of shards in a cluster. Each needs a data folder of its own."
     settings = _process_settings("storage-node", about, StorageProcess, arguments)
-    from shoal.roles import storage_node
+    from shoal.roles.storage_node import run
 
-    storage_node(settings)
+    run(settings)
     return 0
 
 
@@ -183,9 +183,9 @@ def _index_node(arguments: list[str]) -> int:
 
     about = "Build indexes for the storage nodes of a cluster. It keeps nothing."
     settings = _process_settings("index-node", about, IndexProcess, arguments)
-    from shoal.roles import index_node
+    from shoal.roles.index_node import run
 
-    index_node(settings)
+    run(settings)
     return 0
 
 
@@ -194,9 +194,9 @@ def _monitor(arguments: list[str]) -> int:
 
     about = "Watch over a cluster and repair it. One leads; run two, so that another can take over."
     settings = _process_settings("monitor", about, MonitorProcess, arguments)
-    from shoal.roles import monitor
+    from shoal.roles.monitor import run
 
-    monitor(settings)
+    run(settings)
     return 0
 
 

@@ -6,9 +6,12 @@
     server.log        of a server that `shoal demo` started
     metadata.sqlite   the catalog
     shards/<collection id>/<shard>/
+    NODE              of a storage node instead of the catalog: {"node_id", "cluster_id"}
 
 A folder that has other things in it and no FORMAT is refused untouched: it is somebody's home. So
-is one with shards and no catalog: shards that the catalog does not know are deleted at start.
+is one with shards and no catalog: shards that the catalog does not know are deleted at start. The
+folder of a storage node belongs to that node and its cluster for good: another one would delete what
+is in it, for the same reason.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pathlib import Path
 
 from shoal.errors import DataDirectoryLocked, FormatTooNew, StartupError
 
-__all__ = ["FORMAT", "DataDirectory", "ServerInfo"]
+__all__ = ["FORMAT", "DataDirectory", "Membership", "ServerInfo"]
 
 FORMAT = 1
 _FORMAT_TEXT = re.compile(r"shoal data, format (\d+)\s*")
@@ -45,14 +48,24 @@ class ServerInfo:
         return f"http://{host}:{self.http_port}"
 
 
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Which storage node of which cluster a folder belongs to."""
+
+    node_id: str
+    cluster_id: str
+
+
 class DataDirectory:
     """An open, locked data folder. A context manager; leaving it frees the lock.
 
+    of_node          True: of a storage node of a cluster; else of a server of its own.
     Raises on entry  DataDirectoryLocked, FormatTooNew, StartupError; nothing was changed then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, of_node: bool = False) -> None:
         self.path = path.absolute()
+        self._of_node = of_node
         self._lock: int | None = None
 
     @property
@@ -69,6 +82,7 @@ class DataDirectory:
             self._lock = self._take_lock()
             try:
                 self._check_format()
+                self._check_owner()
                 self.withdraw()  # of a server that was killed: the lock shows that it is gone
             except BaseException:
                 self._free_lock()
@@ -89,6 +103,22 @@ class DataDirectory:
 
     def withdraw(self) -> None:
         (self.path / "server.json").unlink(missing_ok=True)
+
+    def membership(self) -> Membership | None:
+        """None: the folder is new. Raises StartupError when the file is damaged."""
+        path = self.path / "NODE"
+        try:
+            return Membership(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise StartupError(
+                f"The file {path} is damaged: it should say which node of which cluster this is."
+            ) from error
+
+    def remember(self, membership: Membership) -> None:
+        """Durable when it returns."""
+        _write_whole(self.path / "NODE", json.dumps(asdict(membership)) + "\n", durable=True)
 
     def holder(self) -> ServerInfo | int | None:
         """Who holds the lock, as far as it said: its address, else its pid, else nothing."""
@@ -163,6 +193,21 @@ class DataDirectory:
                 f"The data folder {self.path} has format {match[1]}; this Shoal knows up to "
                 f"{FORMAT}. Use the newer version of Shoal that wrote it."
             )
+
+    def _check_owner(self) -> None:
+        member = (self.path / "NODE").exists()
+        if member and not self._of_node:
+            raise StartupError(
+                f"The folder {self.path} is of a storage node of a cluster: start it with `shoal "
+                "storage-node`, or give another --data-dir."
+            )
+        if self._of_node and self.metadata.exists():
+            raise StartupError(
+                f"The folder {self.path} is of a server of its own (`shoal serve`) and cannot "
+                "become a storage node's: give another --data-dir, and copy the points over."
+            )
+        if member:
+            return
         if not self.metadata.exists() and self.shards.is_dir() and any(self.shards.iterdir()):
             raise StartupError(
                 f"The catalog {self.metadata} is missing and there are shards in {self.shards}. "

@@ -38,8 +38,13 @@ class Stop:
         self._asked = 0
         self._event = asyncio.Event()
         self._calls: list[Callable[[bool], None]] = []
+        self._failure: StartupError | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ask, number)
+            loop.add_signal_handler(number, self._heard, number)
+
+    @property
+    def asked(self) -> bool:
+        return self._event.is_set()
 
     async def wait(self) -> None:
         """Until the first signal."""
@@ -51,13 +56,26 @@ class Stop:
         if self._asked:
             call(self._asked > 1)
 
-    def _ask(self, number: int) -> None:
+    def fail(self, error: StartupError) -> None:
+        """This process must not go on: as a first signal, and `raise_failure` raises at the end."""
+        if self._failure is None:
+            self._failure = error
+            _log.error("stopping", why=error.message)
+            self._ask()
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _heard(self, number: int) -> None:
+        _log.info("stopping", signal=signal.Signals(number).name, at_once=self._asked > 0)
+        self._ask()
+
+    def _ask(self) -> None:
         self._asked += 1
-        at_once = self._asked > 1
-        _log.info("stopping", signal=signal.Signals(number).name, at_once=at_once)
         self._event.set()
         for call in self._calls:
-            call(at_once)
+            call(self._asked > 1)
 
 
 class HttpServer(uvicorn.Server):

@@ -38,6 +38,7 @@ from shoal import limits
 __all__ = [
     "ENV_PREFIX",
     "PROCESSES",
+    "ClusterProcess",
     "ClusterSettings",
     "CoordinatorProcess",
     "CoordinatorSettings",
@@ -217,7 +218,7 @@ class MonitorSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     failover_grace_s: float = _setting(
-        1.0,
+        3.0,
         right="a number of seconds from 0 to 60",
         about="How long a node may be without its lease before the shards that it leads are led "
         "by others.",
@@ -389,6 +390,22 @@ class ClusterSettings(BaseModel):
         about="Where node.json is written when the process is ready: its pid, addresses and ports. "
         "Default: the data folder of a storage node, nowhere for the others.",
     )
+    node_ca_file: Path | None = _setting(
+        None,
+        right="a PEM file with certificates",
+        about="Who may have signed the certificates of nodes. Given, nodes speak TLS and prove "
+        "themselves to each other; without it, whoever reaches their ports may do everything.",
+    )
+    node_cert_file: Path | None = _setting(
+        None,
+        right="a PEM file with a certificate",
+        about="This node's own certificate.",
+    )
+    node_key_file: Path | None = _setting(
+        None,
+        right="a PEM file with a private key",
+        about="The key of node_cert_file.",
+    )
     etcd_ca_file: Path | None = _setting(
         None,
         right="a PEM file with certificates",
@@ -437,6 +454,11 @@ class ClusterSettings(BaseModel):
             raise ValueError(
                 "etcd_cert_file is set and etcd_ca_file is not, so etcd would be spoken to "
                 "without TLS: set etcd_ca_file too"
+            )
+        node_tls = (self.node_ca_file, self.node_cert_file, self.node_key_file)
+        if None in node_tls and node_tls != (None, None, None):
+            raise ValueError(
+                "node_ca_file, node_cert_file and node_key_file go together: set all or none"
             )
         if (self.etcd_user is None) != (self.etcd_password is None):
             raise ValueError("etcd_user and etcd_password go together: set both or neither")
@@ -492,15 +514,13 @@ class ServeSettings(
     model_config = _CONFIG
 
 
-class CoordinatorProcess(
-    Process,
-    CoordinatorSettings,
-    EncoderSettings,
-    ProcessSettings,
-    GrpcSettings,
-    HttpSettings,
-    ClusterSettings,
-):
+class ClusterProcess(Process, ProcessSettings, GrpcSettings, ClusterSettings):
+    """What the processes of a cluster have in common."""
+
+    model_config = _CONFIG
+
+
+class CoordinatorProcess(CoordinatorSettings, EncoderSettings, ClusterProcess, HttpSettings):
     """Everything that `shoal coordinator` can be told."""
 
     model_config = _CONFIG
@@ -516,9 +536,7 @@ class CoordinatorProcess(
     )
 
 
-class StorageProcess(
-    Process, StorageSettings, ProcessSettings, GrpcSettings, ClusterSettings, DataSettings
-):
+class StorageProcess(StorageSettings, ClusterProcess, DataSettings):
     """Everything that `shoal storage-node` can be told."""
 
     model_config = _CONFIG
@@ -532,7 +550,7 @@ class StorageProcess(
     )
 
 
-class IndexProcess(Process, ProcessSettings, GrpcSettings, ClusterSettings):
+class IndexProcess(ClusterProcess):
     """Everything that `shoal index-node` can be told."""
 
     model_config = _CONFIG
@@ -546,7 +564,7 @@ class IndexProcess(Process, ProcessSettings, GrpcSettings, ClusterSettings):
     )
 
 
-class MonitorProcess(Process, MonitorSettings, ProcessSettings, GrpcSettings, ClusterSettings):
+class MonitorProcess(MonitorSettings, ClusterProcess):
     """Everything that `shoal monitor` can be told."""
 
     model_config = _CONFIG

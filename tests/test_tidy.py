@@ -25,8 +25,15 @@ NODE_PACKAGES = ("coordinator", "storage_node", "index_node", "monitor", "encode
 PACKAGES = ("shoal", *NODE_PACKAGES)
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 
-# The composition root knows the parts; the command line and the demo reach it when they run.
-MAY_IMPORT_NODES = {"shoal/all_in_one.py"}
+# Composition roots know the parts; the command line and the demo reach them when they run.
+MAY_IMPORT_NODES = {
+    "shoal/all_in_one.py",
+    "shoal/front.py",
+    "shoal/roles/coordinator.py",
+    "shoal/roles/index_node.py",
+    "shoal/roles/monitor.py",
+    "shoal/roles/storage_node.py",
+}
 MAY_IMPORT_NODES_LAZILY = {"shoal/cli.py", "shoal/demo.py"}
 FAISS_HOME = "shoal/faiss_index.py"
 MAY_PRINT = ("shoal/cli.py", "shoal/demo.py", "shoal/importing/")

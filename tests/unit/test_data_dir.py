@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from shoal.data_dir import FORMAT, DataDirectory, ServerInfo
+from shoal.data_dir import FORMAT, DataDirectory, Membership, ServerInfo
 from shoal.errors import DataDirectoryLocked, FormatTooNew, StartupError
 
 INFO = ServerInfo(4711, "127.0.0.1", 6333, "1.2.3")
@@ -96,6 +96,30 @@ def test_shards_without_a_catalog_are_not_thrown_away(tmp_path):
     with pytest.raises(StartupError, match="Restore the catalog"), DataDirectory(directory.path):
         pass
     assert (directory.shards / "1").is_dir()
+
+
+def test_a_node_folder_remembers_whose_it_is(tmp_path):
+    with DataDirectory(tmp_path / "data", of_node=True) as directory:
+        assert directory.membership() is None
+        directory.remember(Membership("s1", "c"))
+        (directory.shards / "1").mkdir(parents=True)
+    with DataDirectory(tmp_path / "data", of_node=True) as directory:
+        assert directory.membership() == Membership("s1", "c")
+        (directory.path / "NODE").write_text("{")
+        with pytest.raises(StartupError, match="damaged"):
+            directory.membership()
+
+
+def test_servers_and_nodes_keep_out_of_each_others_folders(tmp_path):
+    with DataDirectory(tmp_path / "node", of_node=True) as directory:
+        directory.remember(Membership("s1", "c"))
+    with pytest.raises(StartupError, match="shoal storage-node"), DataDirectory(directory.path):
+        pass
+    with DataDirectory(tmp_path / "server") as directory:
+        directory.metadata.touch()
+    node = DataDirectory(directory.path, of_node=True)
+    with pytest.raises(StartupError, match="shoal serve"), node:
+        pass
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

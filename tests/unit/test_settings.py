@@ -201,6 +201,7 @@ def test_a_name_that_no_process_knows_is_refused_by_each(tmp_path):
         ({"cluster_name": ""}, ["cluster_name", "letters"]),
         ({"etcd_cert_file": "c.pem"}, ["etcd_key_file go together"]),
         ({"etcd_cert_file": "c", "etcd_key_file": "k"}, ["set etcd_ca_file too"]),
+        ({"node_ca_file": "ca.pem"}, ["node_key_file go together"]),
         ({"etcd_user": "u"}, ["etcd_password go together"]),
         ({"node_lease_s": "0"}, ["node_lease_s", "1 to 300"]),
     ],

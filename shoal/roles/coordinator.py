@@ -1,0 +1,74 @@
+"""`shoal coordinator`: the public APIs of a cluster, over the storage nodes that have registered.
+
+It keeps nothing that others need, so any number of coordinators run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from coordinator.router import Router
+from coordinator.service import Coordinator
+from monitor.service import Monitor
+from shoal.errors import ShoalError, StartupError
+from shoal.front import make_encoder, serve_front
+from shoal.metadata.schema import NodeRole
+from shoal.roles.process import (
+    RoleProcess,
+    address,
+    advertised_host,
+    check_port,
+    patiently,
+    run_role,
+)
+from shoal.serving import bound_socket
+from shoal.settings import CoordinatorProcess, StorageSettings
+
+__all__ = ["run"]
+
+
+def run(settings: CoordinatorProcess) -> None:
+    """Serve until SIGTERM or SIGINT. Call `shoal.cpu.prepare_environment` before importing this.
+    Raises StartupError, and Unavailable without metadata."""
+    check_port(settings)
+    with bound_socket(settings.http_host, settings.http_port) as listener:
+        run_role(NodeRole.COORDINATOR, settings, lambda process: _coordinator(process, listener))
+
+
+async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socket.socket) -> None:
+    settings, stack = process.settings, process.stack
+    await process.connect()
+    encoder = make_encoder(settings)
+    if encoder is not None:
+        stack.push_async_callback(encoder.close)
+    router = Router(process.store, process.nodes)
+    await patiently(router.start)
+    stack.push_async_callback(router.close)
+    service = Coordinator(
+        store=process.store, storage=router, encoder=encoder, settings=settings, local_node=None
+    )
+    await patiently(service.start)
+    stack.push_async_callback(service.close)
+    watch = Monitor(router, service.shard_specs, None, StorageSettings())
+    stack.push_async_callback(watch.close)
+    await watch.start()
+
+    port = listener.getsockname()[1]
+    host = advertised_host(settings, settings.http_host)
+
+    async def tell(grpc: int) -> None:
+        try:
+            await process.register(grpc=grpc, http=address(host, port))
+            process.announce(grpc=grpc, http=address(settings.http_host, port))
+        except ShoalError as error:
+            process.stop.fail(StartupError(error.message))
+
+    def ready(grpc: int) -> None:
+        telling = asyncio.create_task(tell(grpc), name="register")
+        stack.callback(telling.cancel)
+
+    process.started = True
+    await serve_front(
+        service, encoder, watch, settings, listener=listener, stop=process.stop, ready=ready
+    )

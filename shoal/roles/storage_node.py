@@ -1,0 +1,69 @@
+"""`shoal storage-node`: replicas of shards, asked over gRPC by coordinators and by each other."""
+
+from __future__ import annotations
+
+from index_node.builder import ProcessBuilder
+from shoal.announcement import NodeInfo
+from shoal.data_dir import DataDirectory, Membership
+from shoal.errors import StartupError
+from shoal.metadata.identity import join_cluster
+from shoal.metadata.schema import NodeRole
+from shoal.roles.process import RoleProcess, check_port, patiently, run_role
+from shoal.rpc.bus import Bus
+from shoal.settings import StorageProcess
+from storage_node.node import StorageNode
+from storage_node.service import serve_node
+
+__all__ = ["run"]
+
+
+def run(settings: StorageProcess) -> None:
+    check_port(settings)
+    with DataDirectory(settings.data_dir, of_node=True) as directory:
+        NodeInfo.withdraw(directory.path)
+        run_role(NodeRole.STORAGE, settings, lambda process: _storage_node(process, directory))
+
+
+async def _storage_node(process: RoleProcess[StorageProcess], directory: DataDirectory) -> None:
+    settings, stack = process.settings, process.stack
+    member = directory.membership()
+    if member is not None and settings.node_id not in (None, member.node_id):
+        raise StartupError(
+            f"The folder {directory.path} is of the storage node {member.node_id}, and --node-id is "
+            f"{settings.node_id}: give another --data-dir, or leave --node-id out."
+        )
+    if member is not None:
+        process.node_id = member.node_id
+    await process.connect()
+    cluster = await patiently(
+        lambda: join_cluster(process.store, member.cluster_id if member is not None else None)
+    )
+    if member is None:
+        directory.remember(Membership(process.node_id, cluster))
+    builder = ProcessBuilder()
+    stack.push_async_callback(builder.close)
+    bus = Bus(process.nodes.address, own_id=process.node_id, settings=process.rpc)
+    stack.push_async_callback(bus.close)
+    node = StorageNode(
+        directory.shards,
+        node_id=process.node_id,
+        store=process.store,
+        bus=bus,
+        builder=builder,
+        settings=settings,
+    )
+    await patiently(node.start)
+    stack.push_async_callback(node.close)
+    server = await serve_node(
+        node,
+        settings.grpc_host,
+        settings.grpc_port,
+        node_id=process.node_id,
+        deliver=node.deliver,
+        files=node.files,
+        tls=process.tls,
+    )
+    stack.push_async_callback(server.close, min(settings.shutdown_grace_s, 10.0))
+    await process.register(grpc=server.port)
+    process.announce(grpc=server.port, folder=directory.path)
+    await process.run_until_stopped()
