@@ -7,22 +7,19 @@
                               the record is gone  -> the collection was deleted: delete it
 
 A replica is deleted only for a record that we saw, or that the metadata store must have had: one
-that lost everything (a new etcd under an old address) deletes nothing here, and a data folder of
-another cluster is refused.
+that lost everything (a new etcd under an old address) deletes nothing here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal import telemetry
-from shoal.errors import BadRequest, NotFound, ShoalError, StartupError, Unavailable
+from shoal.errors import BadRequest, NotFound, ShoalError
 from shoal.files_api import FileChunk, FileSnapshot, FileSource
 from shoal.index_api import IndexBuilder
 from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
@@ -40,7 +37,6 @@ from shoal.metadata.watched import Watched
 from shoal.node.v1.replication_pb2 import ReplicaMessage
 from shoal.settings import StorageSettings
 from shoal.storage_api import ShardKey, ShardSpec
-from storage_node.files import write_file
 from storage_node.node import StorageNode
 from storage_node.outgoing import Outgoing, clear_outgoing
 from storage_node.replica import Config, Message, Timing
@@ -51,8 +47,6 @@ from storage_node.transfer import discard, download, finish_install, install
 __all__ = ["ClusterNode"]
 
 _log = telemetry.logger("member")
-_CLUSTER_KEY = "cluster"
-_CLUSTER_FILE = "CLUSTER"
 _RETRY_S = 1.0
 
 
@@ -97,10 +91,9 @@ class ClusterNode:
 
     # -- life -------------------------------------------------------------------------------------
     async def start(self) -> None:
-        """Open what is on the disk and in the metadata, and follow the metadata from here on.
-        Raises StartupError for a data folder of another cluster."""
+        """Open what is on the disk and in the metadata, and follow the metadata from here on. That
+        the data folder belongs to this cluster was checked before."""
         self.storage.prepare()
-        await self._check_cluster()
         await self._records.start()
         known = {key for key in self._wanted() if self.storage.folder(key).exists()}
         await self._delete_orphans(known)
@@ -117,25 +110,6 @@ class ClusterNode:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._outgoing.close()
         await self.storage.close()
-
-    async def _check_cluster(self) -> None:
-        """One data folder belongs to one cluster, for good."""
-        path = self.storage.directory / _CLUSTER_FILE
-        found = await self._store.get(_CLUSTER_KEY)
-        if found is None:
-            with contextlib.suppress(Uncertain):
-                value = json.dumps({"version": 1, "id": str(uuid.uuid4())}).encode()
-                await self._store.txn([Compare(_CLUSTER_KEY, 0)], {_CLUSTER_KEY: value})
-            found = await self._store.get(_CLUSTER_KEY)
-            if found is None:
-                raise Unavailable("the metadata store does not keep what is written to it")
-        if not path.exists():
-            write_file(path, [found.value])
-        elif path.read_bytes() != found.value:
-            raise StartupError(
-                f"The data folder {self.storage.directory} belongs to another cluster than this "
-                "metadata store. Use the right store, or an empty folder. Nothing was changed."
-            )
 
     async def _delete_orphans(self, known: set[ShardKey]) -> None:
         """Replicas of collections that were deleted while this node was away."""
