@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from shoal.storage_api import Distance
+from shoal.storage_api import Distance, ShardKey
 
-__all__ = ["BuildJob", "IndexBuilder"]
+__all__ = ["BuildJob", "IndexBuilder", "IndexOf"]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexOf:
+    """Which index of a collection: the same one on every replica, since all hold the same segments.
+    file: the name of the index in the folder of the segment."""
+
+    shard: ShardKey
+    segment: int
+    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +26,7 @@ class BuildJob:
     """Build an HNSW graph over a file of vectors (Faiss flat file, see shoal/faiss_index.py).
 
     output is written, synced, and complete when `build` returns; on an error it may be half there.
+    of: what the index belongs to, so that replicas can share one; None: nobody shares it.
     """
 
     vectors: Path
@@ -26,6 +37,7 @@ class BuildJob:
     ef_construct: int
     output: Path
     threads: int
+    of: IndexOf | None = None
 
 
 class IndexBuilder(Protocol):

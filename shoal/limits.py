@@ -102,3 +102,8 @@ BUS_QUEUE_BYTES_MAX = 64 * MIB
 ERROR_TEXT_BYTES_MAX = 2 * KIB  # of an error in gRPC metadata, which holds 8 KiB in all
 APPLY_QUEUE_BYTES_MAX = 256 * MIB  # committed and not yet applied; more, and the replica stops
 STALE_WAIT_S = 0.25  # how long a read waits for a replica to catch up before another is asked
+
+# -- index jobs -----------------------------------------------------------------------------------
+INDEX_JOB_FAILURES_MAX = 3  # then the replicas build for themselves
+INDEX_JOB_WAIT_S = 5.0  # without any index node before replicas build for themselves
+INDEX_ARTIFACT_KEEP_S = 600.0  # an index node keeps what it built so long for replicas to fetch

@@ -4,7 +4,8 @@
     shards/{collection_id}/{shard}  ShardRecord        who holds the shard, in which term
     ids/collection                  IdRecord           the next free collection id
     nodes/{id}                      NodeRecord         a running process, under its lease
-    jobs/index/{shard}/{segment}…   IndexJobRecord     an index to build; see index_node/jobs.py
+    jobs/index/{collection_id}/{shard}/{segment}/{file}
+                                    IndexJobRecord     an index to build; see index_node/jobs.py
     monitor/leader                  LeaderRecord       which monitor acts, under its lease
 
 One JSON document per key, each with the version of its form. A form that is newer than this code is
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from shoal.api.models import CreateCollection, HnswConfig, VectorParams
 from shoal.errors import FormatTooNew, InvariantError
 from shoal.limits import KIB
-from shoal.storage_api import ShardKey, ShardSpec, VectorSpec
+from shoal.storage_api import Distance, ShardKey, ShardSpec, VectorSpec
 from shoal.vectors import Datatype, VectorField, VectorFields
 
 __all__ = [
@@ -40,11 +41,15 @@ __all__ = [
     "CollectionRecord",
     "CollectionState",
     "IdRecord",
+    "IndexArtifact",
+    "IndexJobRecord",
+    "IndexJobState",
     "LeaderRecord",
     "NodeRecord",
     "NodeRole",
     "ShardRecord",
     "collection_key",
+    "index_job_key",
     "node_key",
     "shard_key",
     "shard_spec",
@@ -67,6 +72,10 @@ def collection_key(name: str) -> str:
 
 def shard_key(collection_id: int, shard: int) -> str:
     return f"shards/{collection_id}/{shard}"
+
+
+def index_job_key(shard: ShardKey, segment: int, file: str) -> str:
+    return f"{INDEX_JOBS_PREFIX}{shard.collection_id}/{shard.shard}/{segment}/{file}"
 
 
 def node_key(node: str) -> str:
@@ -181,6 +190,56 @@ class NodeRecord(Record):
     @property
     def key(self) -> str:
         return node_key(self.id)
+
+
+class IndexJobState(StrEnum):
+    WAITING = "waiting"
+    BUILDING = "building"
+    DONE = "done"
+
+
+class IndexArtifact(BaseModel):
+    """The finished file, at the index node that is the job's owner. built_on: for people."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    crc32c: int
+    built_on: str
+    seconds: float
+
+
+class IndexJobRecord(Record):
+    """An index that all replicas of a shard want, since they all hold the same segment.
+
+    vectors  size in bytes and crc32c of the file to build over
+    source   the node that gives that file, under the id `offer`; "" when it is gone: any replica
+             that waits for the index puts itself there
+    owner    the index node that builds or has built it, in that incarnation
+    failures of index nodes so far; after limits.INDEX_JOB_FAILURES_MAX replicas build for themselves
+    """
+
+    collection_id: int
+    shard: int
+    segment: int
+    file: str
+    vectors: tuple[int, int]
+    count: int
+    dim: int
+    distance: Distance
+    m: int
+    ef_construct: int
+    state: IndexJobState = IndexJobState.WAITING
+    source: str = ""
+    offer: str = ""
+    owner: str = ""
+    incarnation: str = ""
+    failures: int = 0
+    artifact: IndexArtifact | None = None
+
+    @property
+    def key(self) -> str:
+        return index_job_key(ShardKey(self.collection_id, self.shard), self.segment, self.file)
 
 
 class LeaderRecord(Record):
