@@ -79,6 +79,10 @@ class FailoverRules:
     interval_s: float = 1.0
     ask_timeout_s: float = 2.0
 
+    @property
+    def metadata_lost_s(self) -> float:
+        return self.metadata_lost_leases * self.lease_ttl_s
+
 
 # -- what is decided ------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
@@ -265,6 +269,11 @@ class _Planner:
                 why = f"{primary} holds its lease and does not answer"
                 return _Trouble(why, ripe=False, outage=lasting)
             for_s = view.held_s(unregistered(node.id))
+            if not node.asked:  # a monitor that began after it left: only time can tell
+                why = (
+                    f"{primary} has been without a lease for {for_s:.1f} s, its address is unknown"
+                )
+                return _Trouble(why, ripe=for_s > rules.metadata_lost_s, outage=lasting)
             why = f"{primary} lost its lease {for_s:.1f} s ago and does not answer"
             return _Trouble(why, ripe=for_s >= rules.grace_s, outage=lasting)
         replica = node.replica(shard.key)
@@ -279,7 +288,7 @@ class _Planner:
         if not node.registered:
             lost_s = replica.metadata_lost_s
             why = f"{primary} answers and has had no metadata store for {lost_s:.1f} s"
-            ripe = lost_s > rules.metadata_lost_leases * rules.lease_ttl_s
+            ripe = lost_s > rules.metadata_lost_s
             return _Trouble(why, ripe=ripe, outage=False)  # it serves whom it can
         if not replica.writable:
             for_s = view.held_s(full(node.id))
@@ -347,7 +356,7 @@ class _Planner:
             )
         if replica is not None and not node.registered:
             lost_s = replica.metadata_lost_s
-            if lost_s > rules.metadata_lost_leases * rules.lease_ttl_s:
+            if lost_s > rules.metadata_lost_s:
                 return f"The joining node {node.id} has had no metadata store for {lost_s:.1f} s."
         if replica is not None and is_stopped(replica):
             if view.held_s(unusable(shard, node)) >= rules.grace_s:

@@ -36,11 +36,13 @@ class NodeView:
 
     record    None: its lease is lost.
     replicas  what it answered when it was asked directly; None: no answer in time.
+    asked     False: it could not be asked, because nobody knows its address.
     """
 
     id: str
     record: NodeRecord | None = None
     replicas: Mapping[ShardKey, ReplicaStatus] | None = None
+    asked: bool = True
 
     @property
     def registered(self) -> bool:
