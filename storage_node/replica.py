@@ -161,9 +161,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NeedFiles:
-    """The log no longer reaches back to where you are: fetch the files."""
+    """The log no longer reaches back to where you are: fetch the files. incarnation: whom this is
+    about; one that came after it has the files already."""
 
     term: int
+    incarnation: int
 
 
 Message = Append | Appended | Probe | Position | Refused | NeedFiles
@@ -172,7 +174,9 @@ Message = Append | Appended | Probe | Position | Refused | NeedFiles
 # -- events ---------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """The shard's record was read, or changed. Older ones than the known are ignored."""
+    """The shard's record was read, or changed. Older ones than the known are ignored. The first one
+    must have been read, linearizably, after this Replica was made: it is what keeps a restarted one
+    from following a primary whose term is over. Messages that come before it are ignored."""
 
     config: Config
 
@@ -206,7 +210,8 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The outcome of Propose is known: this is the record now."""
+    """The outcome of Propose is known: this is the record now, of a later revision than the one that
+    Propose named. (While the record is the same, the swap may still happen.)"""
 
     config: Config
 
@@ -285,7 +290,9 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True)
 class FetchFiles:
-    """The log of `source` does not reach back to us: fetch its files and start anew from them."""
+    """The log of `source` does not reach back to us: fetch its files. This Replica takes no part
+    any more. Whether or not the files come, make another one of what the disk then holds, under a
+    new incarnation."""
 
     source: str
 
@@ -297,10 +304,12 @@ Effect = Persist | Cut | Send | Commit | Abandon | Propose | ReadTail | FetchFil
 class _Peer:
     """What the primary knows of another member, in this term."""
 
+    since: float  # what answers a message from before this moment was said in another life
     heard: float  # when it last answered
     acked: float  # when it last held everything, or made progress
     match: int = 0  # it holds our log up to here on its disk
     sent: int = 0
+    rewound_at: float = float("-inf")  # when we last began to send anew from `match`
     told: int = 0  # the commit that it was told of
     sent_at: float = 0.0
     lease_from: float = float("-inf")  # our clock, when the newest message that it answered left
@@ -318,7 +327,7 @@ class _OnDisk:
 
 class Replica:
     """node          this node's id
-    incarnation   differs each time that the process starts
+    incarnation   differs for each Replica that is made, in this process or another
     epochs        where each term begins in the log that was found on disk
     durable       its last sequence number; committed: the last one known to be committed
     tail          the entries committed + 1 .. durable
@@ -355,7 +364,9 @@ class Replica:
         self._leader: str | None = None  # secondary: who spoke as primary of self.term
         self._told = 0  # secondary: the newest commit that it named
         self._echo = float("-inf")
-        self._granted_until = now + self.timing.lease_s * (1 + CLOCK_DRIFT)
+        # An earlier incarnation may have answered a primary just before it died.
+        self._granted_until = now if fresh else now + self.timing.lease_s * (1 + CLOCK_DRIFT)
+        self._fetching = False  # our part is over, see FetchFiles
         self._inherited = 0  # primary: `last` when its term began
         self._shown = 0  # primary: the last entry that it ever sent to anybody
         self._peers: dict[str, _Peer] = {}
@@ -429,8 +440,7 @@ class Replica:
             case Received(sender, message):
                 return self._on_message(sender, message, now)
             case Settled(config):
-                self._proposal = None
-                return self._on_configured(config, now) + self._advance(now)
+                return self._on_configured(config, now)
             case TailRead(to, first, entries):
                 return self._on_tail(to, first, entries, now)
             case Tick():
@@ -446,6 +456,9 @@ class Replica:
             return []
         first = self.config is None
         self.config = config
+        # Whatever was proposed went out on an older revision: it is in this record, or it can no
+        # longer happen. Settled cannot say that by itself: it may be about an earlier proposal.
+        self._proposal = None
         if self._primary and config.term == self.term:
             return self._members_changed(now)
         effects: list[Effect] = []
@@ -480,9 +493,11 @@ class Replica:
         for gone in self._peers.keys() - (self.config.members | self._waited_for()):
             del self._peers[gone]
         effects: list[Effect] = []
-        for node in sorted(self.config.members - self._peers.keys() - {self.node}):
-            self._peers[node] = _Peer(heard=now, acked=now)
-            effects += self._probe(node, now)
+        for node in sorted(self.config.members - {self.node}):
+            # One that joins may have left and come back empty between two records that we saw.
+            if node not in self._peers or node in self.config.joining:
+                self._peers[node] = _Peer(since=now, heard=now, acked=now)
+                effects += self._probe(node, now)
         return effects + self._advance(now)
 
     def _propose(self, config: Config) -> list[Effect]:
@@ -543,6 +558,7 @@ class Replica:
         self.last = min(self.last, after)
         self.durable = min(self.durable, after)
         self._verified = min(self._verified, after)
+        self._inherited = min(self._inherited, after)  # what is gone need not be committed
 
     def _on_persisted(self, ticket: int, now: float) -> list[Effect]:
         while self._tickets and self._tickets[0].ticket <= ticket:
@@ -604,7 +620,8 @@ class Replica:
 
     def _append(self, node: str, entries: tuple[Entry, ...], now: float) -> Send:
         peer = self._peers[node]
-        prev = entries[0].sequence - 1 if entries else peer.match
+        # A heartbeat names the last entry that was sent: who lacks it says so, and gets it again.
+        prev = entries[0].sequence - 1 if entries else peer.sent
         if entries:
             peer.sent = entries[-1].sequence
             self._shown = max(self._shown, peer.sent)
@@ -621,22 +638,39 @@ class Replica:
         peer.reading = False
         if entries is None:
             peer.needs_files = True
-            return [Send(to, NeedFiles(self.term))]
+            return self._send_away(to)
         if not peer.aligned or peer.sent + 1 != first or not entries:
             return self._pump(to, now)
+        if not all(self._is_ours(entry) for entry in entries):
+            return self._pump(to, now)  # read in an earlier term, before they were cut
         return [self._append(to, entries, now), *self._pump(to, now)]
+
+    def _is_ours(self, entry: Entry) -> bool:
+        if entry.sequence <= self.committed:
+            return True
+        return entry.sequence <= self.last and self.term_at(entry.sequence) == entry.term
+
+    def _send_away(self, node: str) -> list[Effect]:
+        """Tell it to fetch files. Not while it is in sync: it may hold more than the files, which it
+        would give up. It makes no progress now, so `_shrink` takes it out of the set first."""
+        peer = self._peers[node]
+        if node in self._waited_for() or peer.incarnation is None:
+            return []
+        return [Send(node, NeedFiles(self.term, peer.incarnation))]
 
     def _on_position(self, sender: str, m: Position, now: float) -> list[Effect]:
         peer = self._peers[sender]
         agreed = self._agreed(m)
         if peer.incarnation != m.incarnation:
             peer.incarnation, peer.match, peer.needs_files = m.incarnation, agreed, False
-        elif peer.aligned and agreed < peer.match:
-            return []  # said before what it said since
+        elif peer.aligned and (agreed < peer.match or m.echo < peer.rewound_at):
+            # Said before what it said since; or about one of many messages behind one that was
+            # lost, when all that follows has been sent again.
+            return []
         if peer.needs_files:
-            return [Send(sender, NeedFiles(self.term))]
+            return self._send_away(sender)
         peer.match = max(peer.match, agreed)
-        peer.sent, peer.aligned = peer.match, True
+        peer.sent, peer.aligned, peer.rewound_at = peer.match, True, now
         return self._pump(sender, now) + self._advance(now)
 
     def _agreed(self, m: Position) -> int:
@@ -686,6 +720,8 @@ class Replica:
 
     # -- messages ---------------------------------------------------------------------------------
     def _on_message(self, sender: str, message: Message, now: float) -> list[Effect]:
+        if self.config is None or self._fetching:
+            return []  # which terms are over is not known yet; or our part is
         if message.term < self.term:
             asks = isinstance(message, Append | Probe)
             return [Send(sender, Refused(self.term))] if asks else []
@@ -700,6 +736,8 @@ class Replica:
                 if message.term != self.term or not self._primary or sender not in self._peers:
                     return []
                 peer = self._peers[sender]
+                if message.echo < peer.since:
+                    return []
                 peer.heard = now
                 peer.lease_from = max(peer.lease_from, message.echo)
                 if isinstance(message, Position):
@@ -731,6 +769,9 @@ class Replica:
         must(not self._primary, "two primaries in one term")
         self._leader = sender
         if isinstance(m, NeedFiles):
+            if m.incarnation != self.incarnation:
+                return effects
+            self._fetching = True
             return [*effects, FetchFiles(sender)]
         # Until then we take no part in another primary's commits: its lease rests on this.
         self._granted_until = max(
@@ -798,12 +839,11 @@ class Replica:
                 peer.heard = now
             if slept or (peer.match == self.last and peer.aligned):
                 peer.acked = now
-            silent = now - peer.heard >= self.timing.resend_s
-            stuck = peer.match < peer.sent and now - peer.acked >= self.timing.resend_s
-            if (silent or stuck or not peer.aligned) and now - peer.sent_at >= self.timing.resend_s:
-                peer.reading = False
-                effects += self._probe(node, now)
-            elif peer.aligned and now - peer.sent_at >= self.timing.heartbeat_s:
+            quiet = now - peer.sent_at
+            if not peer.aligned or peer.needs_files:
+                if quiet >= self.timing.resend_s:
+                    effects += self._probe(node, now)
+            elif quiet >= self.timing.heartbeat_s:
                 effects.append(self._append(node, (), now))
         return effects + self._advance(now) + self._shrink(now) + self._grow(now)
 

@@ -49,8 +49,8 @@ def encode_message(message: Message) -> bytes:
             body = wire.ReplicaBody(term=message.term, position=position)
         case Refused(term=term):
             body = wire.ReplicaBody(term=term, refused=wire.Refused())
-        case NeedFiles(term=term):
-            body = wire.ReplicaBody(term=term, need_files=wire.NeedFiles())
+        case NeedFiles(term, incarnation):
+            body = wire.ReplicaBody(term=term, need_files=wire.NeedFiles(incarnation=incarnation))
         case _:
             assert_never(message)
     return body.SerializeToString()
@@ -81,7 +81,7 @@ def decode_message(data: bytes) -> Message:
         case "refused":
             return Refused(term)
         case "need_files":
-            return NeedFiles(term)
+            return NeedFiles(term, body.need_files.incarnation)
         case None:
             raise BadRequest("Bad request: replicas of this version do not say that")
         case _:

@@ -101,5 +101,7 @@ class Refused(_message.Message):
     def __init__(self) -> None: ...
 
 class NeedFiles(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("incarnation",)
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    def __init__(self, incarnation: _Optional[int] = ...) -> None: ...
