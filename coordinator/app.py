@@ -143,8 +143,10 @@ _PARAMETERS: Mapping[str, dict[str, Any]] = {
 }
 _PARAMETER_TEXTS = {
     "wait": "Changes the status in the answer only: every write is durable before it is answered.",
-    "ordering": "Holds by itself with one replica.",
-    "consistency": "Holds by itself with one replica.",
+    "ordering": "All of them hold: the writes of a shard go through its primary, one by one.",
+    "consistency": "1, the default: all that this coordinator has seen, and the shoal-token of the "
+    "request. More: every write that anybody was told of before. A number above the replication "
+    "factor is refused.",
     "timeout": "Seconds; then 408.",
 }
 

@@ -96,6 +96,14 @@ async def status(call: Call) -> bytes:
     )
 
 
+async def cluster_report(call: Call) -> bytes:
+    return msgspec.json.encode(await call.coordinator.describe_cluster())
+
+
+async def cluster_peers(call: Call) -> bytes:
+    return msgspec.json.encode(await call.coordinator.describe_peers())
+
+
 async def embed(call: Call) -> bytes:
     request = validate(models.EmbedRequest, call.body)
     vectors = await call.coordinator.embed(request.texts, request.model)
@@ -145,6 +153,11 @@ async def get_collection(call: Call) -> bytes:
             has_value = parse_filter({"must_not": [{"is_empty": {"key": field}}]})
             points_by_index[field] = await call.coordinator.count(collection, has_value)
     return render_model(describe_collection(collection, infos, points_by_index))
+
+
+async def collection_cluster(call: Call) -> bytes:
+    collection = await _collection(call)
+    return msgspec.json.encode(await call.coordinator.describe_replicas(collection))
 
 
 async def list_aliases(call: Call) -> bytes:

@@ -28,6 +28,20 @@ _SERVER = (
     Route("GET", "/metrics", "metrics", handlers.metrics, "Prometheus metrics", tag="server"),
     Route("GET", "/shoal/v1/status", "status", handlers.status, "State of everything", tag="server"),
     Route(
+        "GET", "/shoal/v1/cluster", "cluster_report", handlers.cluster_report,
+        "Nodes, shards, terms, replicas in sync", result=Envelope[models.ClusterReport],
+        tag="cluster",
+    ),
+    Route(
+        "GET", "/cluster", "cluster_status", handlers.cluster_peers, "The nodes as clients know them",
+        result=Envelope[models.ClusterPeers], tag="cluster",
+    ),
+    Route(
+        "GET", f"{_C}/cluster", "collection_cluster_info", handlers.collection_cluster,
+        "Where the replicas of a collection are",
+        result=Envelope[models.CollectionCluster], tag="cluster",
+    ),
+    Route(
         "POST", "/shoal/v1/embed", "embed", handlers.embed, "Turn texts into vectors",
         request=models.EmbedRequest, result=Envelope[models.EmbedResult],
         options=("timeout",), tag="server",
@@ -176,15 +190,14 @@ UNSUPPORTED: tuple[Route, ...] = (
     _lacking("POST", f"{_C}/points/discover"),
     _lacking("POST", f"{_C}/points/discover/{{rest:path}}"),
     _lacking("POST", f"{_C}/facet"),
+    *(_lacking(method, f"{_C}/cluster") for method in ("POST", "PUT", "DELETE")),
     *(
         _lacking(method, path)
         for method in ("GET", "POST", "PUT", "DELETE")
         for path in (
-            "/cluster",
             "/cluster/{rest:path}",
             "/snapshots",
             "/snapshots/{rest:path}",
-            f"{_C}/cluster",
             f"{_C}/snapshots",
             f"{_C}/snapshots/{{rest:path}}",
             f"{_C}/shards",

@@ -21,6 +21,12 @@ from numpy.typing import NDArray
 
 from coordinator import gather
 from coordinator.catalog import Catalog, Collection
+from coordinator.cluster import (
+    ClusterState,
+    describe_cluster,
+    describe_collection_cluster,
+    describe_peers,
+)
 from coordinator.freshness import ANY_READ, format_token
 from coordinator.parse import (
     PendingText,
@@ -36,7 +42,16 @@ from shoal.encoder_api import Encoder, ModelInfo
 from shoal.errors import BadRequest, NotFound, NotSupported, ShoalError, must
 from shoal.ids import PointIds, format_id
 from shoal.metadata.contract import MetadataStore
-from shoal.metadata.schema import LOCAL_NODE
+from shoal.metadata.schema import (
+    LEADER_KEY,
+    LOCAL_NODE,
+    NODES_PREFIX,
+    SHARDS_PREFIX,
+    LeaderRecord,
+    NodeRecord,
+    NodeRole,
+    ShardRecord,
+)
 from shoal.payload import select
 from shoal.settings import CoordinatorSettings
 from shoal.storage_api import (
@@ -87,6 +102,7 @@ class Coordinator:
     """One of any number of coordinators. Safe to call from many tasks of one event loop.
 
     storage     all shards: coordinator/router.py.
+    node_id     its own name in the cluster.
     local_node  the one storage node of a one-machine server, which needs no record; None in a
                 cluster, where collections are placed on the nodes that have registered.
     """
@@ -98,10 +114,11 @@ class Coordinator:
         storage: Storage,
         encoder: Encoder | None,
         settings: CoordinatorSettings,
+        node_id: str = LOCAL_NODE,
         local_node: str | None = LOCAL_NODE,
     ) -> None:
-        self.store, self.storage = store, storage
-        self._storage = storage
+        self._store, self._storage = store, storage
+        self._node_id, self._local_node = node_id, local_node
         self._encoder = encoder
         self.catalog = Catalog(store, storage, settings, local_node)
 
@@ -305,6 +322,46 @@ class Coordinator:
         return Written(
             {shard: result.sequence for (shard, _), result in zip(parts, results, strict=True)}
         )
+
+    # -- the cluster ------------------------------------------------------------------------------
+    async def cluster_state(self) -> ClusterState:
+        """Who there is and who holds what, as the metadata store says now."""
+        alone = self._local_node is not None
+        nodes, _ = await self._store.range(NODES_PREFIX)
+        shards, _ = await self._store.range(SHARDS_PREFIX)
+        leader = await self._store.get(LEADER_KEY)
+        known = [NodeRecord.from_bytes(entry.key, entry.value) for entry in nodes]
+        if alone and not known:
+            known = [NodeRecord(id=self._node_id, role=NodeRole.STORAGE, incarnation="")]
+        records = [ShardRecord.from_bytes(entry.key, entry.value) for entry in shards]
+        return ClusterState(
+            node=self._node_id,
+            alone=alone,
+            nodes={node.id: node for node in known},
+            shards={ShardKey(record.collection_id, record.shard): record for record in records},
+            leader=None
+            if leader is None
+            else LeaderRecord.from_bytes(leader.key, leader.value).node,
+        )
+
+    async def describe_cluster(self) -> dict[str, Any]:
+        """Everything about it, with what the storage nodes say of themselves."""
+        state, said = await asyncio.gather(self.cluster_state(), self._storage.statuses())
+        return describe_cluster(state, self.catalog.collections(), said)
+
+    async def describe_peers(self) -> dict[str, Any]:
+        return describe_peers(await self.cluster_state())
+
+    async def describe_replicas(self, collection: Collection) -> dict[str, Any]:
+        """Where those of one collection are."""
+        state = await self.cluster_state()
+        here = [
+            key
+            for key in collection.shards
+            if key in state.shards and self._node_id in state.shards[key].members()
+        ]
+        infos = await _all([self._storage.info(key) for key in here])
+        return describe_collection_cluster(collection, state, dict(zip(here, infos, strict=True)))
 
     # -- texts ------------------------------------------------------------------------------------
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:

@@ -56,6 +56,9 @@ __all__ = [
     "AliasesResult",
     "Batch",
     "BatchResult",
+    "ClusterPeers",
+    "ClusterReport",
+    "CollectionCluster",
     "CollectionDescription",
     "CollectionInfo",
     "CollectionsResult",
@@ -662,6 +665,51 @@ class EmbedResult(BaseModel):
 
 class BatchResult(UpdateResult):
     points: int
+
+
+class LocalShard(BaseModel):
+    shard_id: int
+    points_count: int
+    state: str
+
+
+class RemoteShard(BaseModel):
+    shard_id: int
+    peer_id: int
+    state: str = Field(description="Active, Partial (joining) or Dead (its node is lost).")
+
+
+class CollectionCluster(BaseModel):
+    """Where the replicas of a collection are. Local ones are in the process that answers."""
+
+    peer_id: int
+    shard_count: int
+    local_shards: list[LocalShard]
+    remote_shards: list[RemoteShard]
+    shard_transfers: list[dict[str, Any]] = Field(max_length=0)
+    replication_factor: int
+    under_replicated_shards: int = Field(description="With fewer live replicas than asked for.")
+
+
+class ClusterPeers(BaseModel):
+    """status: `disabled` on one machine, and then nothing else is there."""
+
+    status: Literal["disabled", "enabled"]
+    peer_id: int | None = None
+    peers: dict[str, dict[str, str]] | None = None
+    raft_info: dict[str, Any] | None = None
+    consensus_thread_status: dict[str, str] | None = None
+    message_send_failures: dict[str, Any] | None = None
+
+
+class ClusterReport(BaseModel):
+    """node: who answers. leader: the monitor that acts."""
+
+    node: str
+    mode: Literal["cluster", "one machine"]
+    leader: str | None
+    nodes: list[dict[str, Any]]
+    collections: list[dict[str, Any]]
 
 
 class ServerVersion(BaseModel):
