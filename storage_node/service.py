@@ -42,7 +42,7 @@ from shoal.telemetry import logger
 __all__ = ["NodeServer", "serve_node"]
 
 SERVICE = "shoal.node.v1.StorageNode"
-_STOP_S = 1.0  # for calls to end after everything in them was answered
+_STOP_S = 2.0  # for answers to be taken by their callers
 
 _log = logger("storage")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -143,12 +143,12 @@ class NodeServer:
         await self._health.enter_graceful_shutdown()
         if self.work:
             await asyncio.wait(self.work, timeout=grace_s)
-        for session in list(self._sessions):
-            session.end()
-        await self._server.stop(_STOP_S)
-        for task in list(self.work):
+        for task in self.work:
             task.cancel()
         await asyncio.gather(*self.work, return_exceptions=True)
+        for session in self._sessions:
+            session.end()
+        await self._server.stop(_STOP_S)
 
     def refusal(self) -> ShoalError | None:
         """Why no more requests are taken at the moment."""
@@ -320,7 +320,7 @@ class _Session:
         self._open = 0  # requests without an answer
         self._outbox: list[bytes] = []
         self._outbox_bytes = 0
-        self._wake: asyncio.Future[None] | None = None
+        self._wake = asyncio.Event()  # for the writer
         self._drained = asyncio.Event()
         self._ended = False
 
@@ -341,7 +341,7 @@ class _Session:
     def end(self) -> None:
         """Answer what is at work, then end the call."""
         self._ended = True
-        self._rouse()
+        self._wake.set()
 
     async def _read(self) -> None:
         context = self._context
@@ -383,12 +383,7 @@ class _Session:
     def _send(self, answer: bytes) -> None:
         self._outbox.append(answer)
         self._outbox_bytes += len(answer)
-        self._rouse()
-
-    def _rouse(self) -> None:
-        if self._wake is not None:
-            self._wake.set_result(None)
-            self._wake = None
+        self._wake.set()
 
     async def _write(self) -> None:
         context = self._context
@@ -396,8 +391,8 @@ class _Session:
             if not self._outbox:
                 if self._ended and not self._open:
                     return
-                self._wake = self._loop.create_future()
-                await self._wake
+                self._wake.clear()
+                await self._wake.wait()
                 continue
             answers, size = self._take()
             await context.write(codec.join_frames(answers=answers))

@@ -88,7 +88,7 @@ class _Peer:
         self._queue: deque[ReplicaMessage] = deque()
         self._sizes: deque[int] = deque()
         self._bytes = 0
-        self._wake: asyncio.Future[None] | None = None
+        self._wake = asyncio.Event()  # for the task
         self._task: asyncio.Task[None] | None = None
         self._blocked_until = 0.0
         self._failures = 0
@@ -107,10 +107,8 @@ class _Peer:
         self._queue.append(message)
         self._sizes.append(size)
         self._bytes += size
-        if self._wake is not None:
-            self._wake.set_result(None)
-            self._wake = None
-        elif self._task is None:
+        self._wake.set()
+        if self._task is None:
             self._task = loop.create_task(self._run(), name=f"bus to {self._node_id}")
         return True
 
@@ -134,7 +132,7 @@ class _Peer:
             why = repr(error)
         finally:
             had_connection, self.connected = self.connected, False
-            self._task = self._wake = None
+            self._task = None
             self._queue.clear()
             self._sizes.clear()
             self._bytes = 0
@@ -167,22 +165,16 @@ class _Peer:
 
     async def _pump(self, call: Call) -> None:
         """Returns when the call is over."""
-        loop = asyncio.get_running_loop()
-        call.add_done_callback(lambda _: self._rouse())
+        call.add_done_callback(lambda _: self._wake.set())
         while not call.done():
             if not self._queue:
-                self._wake = loop.create_future()
-                await self._wake
+                self._wake.clear()
+                await self._wake.wait()
                 continue
             try:
                 await call.write(join_frames(requests=self._take()))
             except asyncio.InvalidStateError:
                 return
-
-    def _rouse(self) -> None:
-        if self._wake is not None:
-            self._wake.set_result(None)
-            self._wake = None
 
     def _take(self) -> list[bytes]:
         """What travels in the next message: field 1 of ReplicaMessages, as it is in Frames."""

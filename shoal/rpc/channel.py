@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from shoal.errors import SettingsError
-from shoal.limits import RPC_MESSAGE_BYTES_MAX
+from shoal.limits import MIB, RPC_MESSAGE_BYTES_MAX
 
 __all__ = [
     "NODE_HEADER",
@@ -31,6 +31,7 @@ __all__ = [
 
 NODE_HEADER = "shoal-node"  # metadata: the id of the node that is meant
 _OVERHEAD = 64 * 1024  # of a message around the one request or answer in it
+_WINDOW_BYTES = 4 * MIB  # of one call, on its way: 10 Gbit/s at 3 ms
 _PING_INTERVAL_MS_MIN = 100  # what a server puts up with; settings stay above
 
 
@@ -67,9 +68,10 @@ class RpcSettings:
 def open_channel(address: str, settings: RpcSettings) -> grpc.aio.Channel:
     """A channel with a connection of its own to "host:port". Nothing is sent yet."""
     options: list[tuple[str, int | str]] = [
-        *_size_options(),
+        *_common_options(),
         ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(settings.keepalive_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.use_local_subchannel_pool", 1),  # else channels to one address share a connection
@@ -92,7 +94,7 @@ def open_channel(address: str, settings: RpcSettings) -> grpc.aio.Channel:
 
 def server_options() -> list[tuple[str, int]]:
     return [
-        *_size_options(),
+        *_common_options(),
         ("grpc.so_reuseport", 0),  # two nodes on one port would share its calls by chance
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS_MIN),
@@ -100,6 +102,7 @@ def server_options() -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.keepalive_time_ms", 5_000),  # callers that vanished: their reads are given up
         ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
     ]
 
 
@@ -116,9 +119,16 @@ def node_metadata(node_id: str | None) -> tuple[tuple[str, str], ...]:
     return () if node_id is None else ((NODE_HEADER, node_id),)
 
 
-def _size_options() -> list[tuple[str, int]]:
+def _common_options() -> list[tuple[str, int]]:
     size = RPC_MESSAGE_BYTES_MAX + _OVERHEAD
-    return [("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size)]
+    return [
+        ("grpc.max_receive_message_length", size),
+        ("grpc.max_send_message_length", size),
+        # Bandwidth probes are pings too: one for each burst of data, and while one is unanswered gRPC
+        # sends no keep-alive, so that a peer that froze in between is not found for a minute.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+    ]
 
 
 def _read(path: Path) -> bytes:

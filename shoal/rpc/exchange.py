@@ -77,7 +77,7 @@ class Exchange:
         self._outbox: deque[tuple[int, _Waiting]] = deque()
         self._outbox_bytes = 0
         self._cancelled: list[int] = []
-        self._wake: asyncio.Future[None] | None = None  # the writer sleeps
+        self._wake = asyncio.Event()  # for the writer
         self._runner: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._budget = _RETRY_BUDGET_MAX
@@ -138,10 +138,8 @@ class Exchange:
             )
 
     def _rouse(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._wake is not None:
-            self._wake.set_result(None)
-            self._wake = None
-        elif self._runner is None:
+        self._wake.set()
+        if self._runner is None:
             self._runner = loop.create_task(self._run(), name=f"exchange with {self._peer}")
         if self._sweeper is None:
             self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
@@ -150,9 +148,7 @@ class Exchange:
         """Nobody waits any more. A read is called off; a write takes its course."""
         if self._waiting.pop(number, None) is not None and waiting.sent and not waiting.write:
             self._cancelled.append(number)
-            if self._wake is not None:
-                self._wake.set_result(None)
-                self._wake = None
+            self._wake.set()
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -211,7 +207,6 @@ class Exchange:
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._wake = None
             call.cancel()
             for task in (reader, writer):
                 task.cancel()
@@ -242,11 +237,10 @@ class Exchange:
                         self._budget += _RETRY_PER_ANSWER
 
     async def _write(self, call: Call) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             if not self._outbox and not self._cancelled:
-                self._wake = loop.create_future()
-                await self._wake
+                self._wake.clear()
+                await self._wake.wait()
             if call.done():
                 return  # what was not taken has not left
             batch, cancelled = self._take(), self._cancelled
