@@ -46,7 +46,12 @@ async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socke
     await patiently(router.start)
     stack.push_async_callback(router.close)
     service = Coordinator(
-        store=process.store, storage=router, encoder=encoder, settings=settings, local_node=None
+        store=process.store,
+        storage=router,
+        encoder=encoder,
+        settings=settings,
+        node_id=process.node_id,
+        local_node=None,
     )
     await patiently(service.start)
     stack.push_async_callback(service.close)

@@ -8,13 +8,16 @@ from shoal.data_dir import DataDirectory, Membership
 from shoal.errors import StartupError
 from shoal.metadata.identity import join_cluster
 from shoal.metadata.schema import NodeRole
+from shoal.metadata.session import Session
 from shoal.roles.process import RoleProcess, check_port, patiently, run_role
 from shoal.rpc.bus import Bus
 from shoal.settings import StorageProcess
-from storage_node.node import StorageNode
+from storage_node.member import ClusterNode
 from storage_node.service import serve_node
 
 __all__ = ["run"]
+
+CLOSE_S_MAX = 10.0  # others take over what this node leads: nobody should wait for it longer
 
 
 def run(settings: StorageProcess) -> None:
@@ -44,26 +47,33 @@ async def _storage_node(process: RoleProcess[StorageProcess], directory: DataDir
     stack.push_async_callback(builder.close)
     bus = Bus(process.nodes.address, own_id=process.node_id, settings=process.rpc)
     stack.push_async_callback(bus.close)
-    node = StorageNode(
+    session: Session | None = None
+
+    def metadata_lost_s() -> float:
+        return session.lost_for_s() if session is not None else 0.0
+
+    node = ClusterNode(
         directory.shards,
         node_id=process.node_id,
         store=process.store,
-        bus=bus,
+        send=bus.send,
+        sources=process.nodes.client,
+        metadata_lost=metadata_lost_s,
         builder=builder,
         settings=settings,
     )
-    await patiently(node.start)
     stack.push_async_callback(node.close)
+    await node.start()
     server = await serve_node(
-        node,
+        node.storage,
         settings.grpc_host,
         settings.grpc_port,
         node_id=process.node_id,
         deliver=node.deliver,
-        files=node.files,
+        files=node,
         tls=process.tls,
     )
-    stack.push_async_callback(server.close, min(settings.shutdown_grace_s, 10.0))
-    await process.register(grpc=server.port)
+    stack.push_async_callback(server.close, min(settings.shutdown_grace_s, CLOSE_S_MAX))
+    session = await process.register(grpc=server.port)
     process.announce(grpc=server.port, folder=directory.path)
     await process.run_until_stopped()
