@@ -9,13 +9,20 @@ A path is `{segment}/{file}`, the file of one segment; nothing else is ever aske
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import google_crc32c
+
+from shoal.errors import Unavailable
 from shoal.storage_api import ShardKey
 
-__all__ = ["FileChunk", "FileSnapshot", "FileSource", "SnapshotFile"]
+__all__ = ["FileChunk", "FileSnapshot", "FileSource", "SnapshotFile", "fetch_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +71,31 @@ class FileSource(Protocol):
     async def release(self, snapshot_id: str) -> None:
         """Unknown: nothing to do."""
         ...
+
+
+async def fetch_file(
+    source: FileSource, snapshot_id: str, path: str, target: Path, expected: tuple[int, int]
+) -> None:
+    """One whole file to `target`, on the disk when it returns; the name is the caller's to sync.
+
+    expected  its size and crc32c. Raises Unavailable, and leaves no file, when what came differs.
+    For a file that can be had again; a replica's files go by storage_node/transfer.py, which goes on
+    after an interruption. Costs a thread hop per chunk.
+    """
+    size, crc = 0, 0
+    try:
+        with target.open("wb") as file:
+            async for chunk in source.fetch(snapshot_id, path, 0):
+                if chunk.offset != size or google_crc32c.value(chunk.data) != chunk.crc32c:
+                    raise Unavailable(f"{path} came damaged at offset {size}: ask again")
+                await asyncio.to_thread(file.write, chunk.data)
+                size += len(chunk.data)
+                crc = google_crc32c.extend(crc, chunk.data)
+            file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+        if (size, crc) != tuple(expected):
+            raise Unavailable(f"{path} is not the file that was promised: {size} bytes came")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(target)
+        raise

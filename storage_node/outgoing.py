@@ -131,6 +131,23 @@ class Outgoing:
             self._making -= 1
         raise Unavailable(f"the files of {folder} changed while they were linked: ask again")
 
+    async def offer(self, folder: Path, file: Path) -> str:
+        """Hold on to one file of the shard in `folder`, until `release`: the id. Its path is its
+        name. Raises StorageFull."""
+        name = secrets.token_hex(8)
+        here = folder / _FOLDER / name
+
+        def link() -> int:
+            with storage_errors(here):
+                here.mkdir(parents=True)
+                os.link(file, here / file.name)
+            return file.stat().st_size
+
+        size = await self._in_thread(link)
+        assert isinstance(size, int)
+        self._held[name] = _Held(here, {file.name: size}, float("inf"))
+        return name
+
     async def fetch(self, snapshot_id: str, path: str, offset: int) -> AsyncIterator[FileChunk]:
         """See shoal/files_api.py. At most TRANSFERS_MAX send at once; the others wait their turn."""
         held = self._held.get(snapshot_id)
@@ -152,7 +169,8 @@ class Outgoing:
         finally:
             self._fetches -= 1
             held.fetches -= 1
-            held.used_s = self._clock()
+            if held.used_s != float("inf"):  # an offer stays until it is released
+                held.used_s = self._clock()
 
     async def _read(self, held: _Held, path: str, offset: int, size: int) -> FileChunk:
         wanted = min(limits.TRANSFER_CHUNK_BYTES, size - offset)
