@@ -12,10 +12,11 @@ All that it concludes is concluded in `monitor/failover.py`; this file has the c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
@@ -34,11 +35,11 @@ from monitor.failover import (
     decide,
 )
 from monitor.leader import Leadership
-from monitor.view import ClusterView, Fact, NodeView, ShardView, remember
+from monitor.view import ClusterView, Fact, NodeView, ShardView, remember, unregistered
 from shoal import limits, telemetry
 from shoal.errors import InvariantError, ShoalError
 from shoal.health import Health
-from shoal.metadata.contract import Compare, KeyValue, MetadataStore, Uncertain
+from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
 from shoal.metadata.schema import (
     COLLECTIONS_PREFIX,
     NODES_PREFIX,
@@ -57,6 +58,7 @@ __all__ = ["SWITCH_KEY", "ClusterMonitor", "Deed", "MonitorStatus", "NodeDirecto
 
 SWITCH_KEY = "settings/monitor"  # {"paused": true}: look, and change nothing
 _CHANGES_AT_ONCE = 16  # transactions in flight: a dead node may mean hundreds
+_PAUSE_S_MIN = 0.1  # between two looks, however much happens
 _FACTS_OF_FOLLOWERS = ("unregistered", "short")  # what the records alone tell
 
 _log = telemetry.logger("monitor")
@@ -124,7 +126,9 @@ class ClusterMonitor:
     ) -> None:
         self._store, self._nodes, self._rules, self._clock = store, nodes, settings, clock
         self._watched = Watched(
-            store, [COLLECTIONS_PREFIX, SHARDS_PREFIX, NODES_PREFIX, SWITCH_KEY]
+            store,
+            [COLLECTIONS_PREFIX, SHARDS_PREFIX, NODES_PREFIX, SWITCH_KEY],
+            on_change=self._on_change,
         )
         self._leadership = Leadership(
             store, node_id=node_id, incarnation=incarnation or uuid.uuid4().hex, lease=lease
@@ -138,6 +142,7 @@ class ClusterMonitor:
         self._red: set[ShardKey | None] = set()  # what the log had last
         self._looked_at: float | None = None
         self._paused = False
+        self._wake = asyncio.Event()  # a node came or went: look soon
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -193,7 +198,23 @@ class ClusterMonitor:
                 await self.look()
             except Exception as error:  # a bug must not end the watch; it must be seen
                 _log.error("look_failed", error=error)
-            await asyncio.sleep(self._rules.interval_s)
+            pause_s = min(_PAUSE_S_MIN, self._rules.interval_s)
+            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._rules.interval_s - pause_s):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    def _on_change(self, events: Sequence[Event]) -> None:
+        """A lost lease counts from when it was heard of, not from the next look."""
+        for event in events:
+            if event.key.startswith(NODES_PREFIX):
+                gone = unregistered(event.key.removeprefix(NODES_PREFIX))
+                if event.value is None:
+                    self._since.setdefault(gone, self._clock())
+                else:
+                    self._since.pop(gone, None)
+                self._wake.set()
 
     async def look(self) -> MonitorStatus:
         """Look at everything now, and act if this monitor leads and is not paused.

@@ -415,7 +415,7 @@ def test_who_lost_the_lead_changes_nothing(tmp_path: Path):
 
         async def overthrown() -> None:
             await cluster.lose_lease("m1")
-            assert (await other.look()).leading
+            assert await other._leadership.campaign()  # and has not done anything yet
 
         monitor._store = Between(cluster.store, overthrown)  # type: ignore[assignment]
         await cluster.after(4, monitor)
@@ -599,6 +599,51 @@ def test_it_looks_by_itself_until_it_is_closed(tmp_path: Path):
         seen = looks
         await asyncio.sleep(0)
         assert looks == seen
+
+    run(tmp_path, story)
+
+
+def test_a_lost_lease_wakes_it_and_counts_from_then(tmp_path: Path):
+    async def story(cluster: Cluster) -> None:
+        await cluster.add_collection("s1", "s2", "s3")
+        monitor = await cluster.monitor()
+        await monitor.close()
+        monitor = ClusterMonitor(
+            cluster.store,
+            cluster,
+            node_id="m2",
+            settings=FailoverRules(interval_s=3_600.0, grace_s=0.0),
+            lease=lambda: cluster.leases["s2"],
+        )
+        await monitor.start()
+        cluster.nodes["s1"].down = True
+        await cluster.store.lease_revoke(cluster.leases.pop("s1"))
+        watch = cluster.store.watch(shard_key(7, 0), 0)
+        async with asyncio.timeout(20):
+            async for events in watch:
+                if b'"term":2' in (events[-1].value or b""):
+                    break
+        await monitor.close()
+
+    run(tmp_path, story)
+
+
+def test_a_lease_that_comes_and_goes_counts_anew(tmp_path: Path):
+    async def story(cluster: Cluster) -> None:
+        await cluster.add_collection("s1", "s2", "s3")
+        monitor = await cluster.monitor()
+        cluster.nodes["s1"].down = True
+        await monitor.look()
+        await cluster.lose_lease("s1")
+        cluster.now_s += 2.9
+        await cluster.register("s1")
+        await cluster.lose_lease("s1")
+        cluster.now_s += 2.9
+        await monitor.look()
+        assert deeds(monitor) == []
+        cluster.now_s += 0.2
+        await monitor.look()
+        assert deeds(monitor) == [(Promote, "done")]
 
     run(tmp_path, story)
 
