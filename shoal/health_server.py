@@ -1,9 +1,11 @@
-"""The gRPC port of a process that answers nothing but "how are you": health and reflection.
+"""The gRPC port of a process that answers little but "how are you": health and reflection.
 
-Monitors have one, so that a supervisor can look after every process of a cluster alike.
+Monitors and index nodes have one, so that a supervisor can look after all processes alike.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
@@ -24,10 +26,17 @@ class HealthServer:
         self._server, self._servicer, self.port = server, servicer, port
 
     @classmethod
-    async def start(cls, host: str, port: int, tls: NodeTls | None) -> HealthServer:
-        """It says "serving" from now on; port 0 picks a free one. Raises StartupError when the port
-        cannot be had."""
+    async def start(
+        cls,
+        host: str,
+        port: int,
+        tls: NodeTls | None,
+        handlers: Sequence[grpc.GenericRpcHandler] = (),
+    ) -> HealthServer:
+        """It says "serving" from now on; port 0 picks a free one. handlers: what else it answers.
+        Raises StartupError when the port cannot be had."""
         server = grpc.aio.server(options=server_options())
+        server.add_generic_rpc_handlers(tuple(handlers))
         servicer = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -42,6 +42,7 @@ from storage_node.outgoing import Outgoing, clear_outgoing
 from storage_node.replica import Config, Message, Timing
 from storage_node.replica_wire import decode_message, encode_message
 from storage_node.shard import Shard
+from storage_node.shared_builder import SharedBuilder
 from storage_node.transfer import discard, download, finish_install, install
 
 __all__ = ["ClusterNode"]
@@ -55,7 +56,8 @@ class ClusterNode:
 
     node_id       its name in the metadata store
     send          the bus: (to, message, bytes) -> whether it was taken
-    sources       node id -> its files, for replicas that cannot come back by the log
+    sources       node id -> its files: of replicas that cannot come back by the log, and indexes
+    builder       builds indexes here while there is no index node; None: no indexes
     metadata_lost how long ago the metadata store was last heard from, in seconds; 0 while it answers
     """
 
@@ -76,10 +78,17 @@ class ClusterNode:
     ) -> None:
         self.node = node_id
         self.timing = timing or Timing(replica_timeout_s=settings.replica_timeout_s)
-        self.storage = StorageNode(directory, builder=builder, settings=settings, membership=self)
+        self._outgoing = Outgoing(bytes_per_s=settings.transfer_bytes_per_s_max)
+        self._builder = None
+        if builder is not None:
+            self._builder = SharedBuilder(
+                store, node_id=node_id, sources=sources, outgoing=self._outgoing, local=builder
+            )
+        self.storage = StorageNode(
+            directory, builder=self._builder, settings=settings, membership=self
+        )
         self._store, self._send, self._sources = store, send, sources
         self._metadata_lost, self._settings = metadata_lost, settings
-        self._outgoing = Outgoing(bytes_per_s=settings.transfer_bytes_per_s_max)
         self._fetching: set[ShardKey] = set()
         self._records = Watched(
             store, [COLLECTIONS_PREFIX, SHARDS_PREFIX], on_change=self._on_change
@@ -94,6 +103,8 @@ class ClusterNode:
         """Open what is on the disk and in the metadata, and follow the metadata from here on. That
         the data folder belongs to this cluster was checked before."""
         self.storage.prepare()
+        if self._builder is not None:
+            await self._builder.start()
         await self._records.start()
         known = {key for key in self._wanted() if self.storage.folder(key).exists()}
         await self._delete_orphans(known)
@@ -108,8 +119,10 @@ class ClusterNode:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._outgoing.close()
         await self.storage.close()
+        await self._outgoing.close()
+        if self._builder is not None:
+            await self._builder.close()
 
     async def _delete_orphans(self, known: set[ShardKey]) -> None:
         """Replicas of collections that were deleted while this node was away."""

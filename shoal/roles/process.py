@@ -55,6 +55,7 @@ class RoleProcess(Generic[S]):
 
     def __init__(self, role: NodeRole, settings: S, node_id: str) -> None:
         self.role, self.settings, self.node_id = role, settings, node_id
+        self.incarnation = uuid.uuid4().hex
         self.stack = contextlib.AsyncExitStack()
         self.stop = Stop(asyncio.get_running_loop())
         self.started = False  # until then a signal breaks off whatever is being waited for
@@ -86,7 +87,7 @@ class RoleProcess(Generic[S]):
         record = NodeRecord(
             id=self.node_id,
             role=self.role,
-            incarnation=uuid.uuid4().hex,
+            incarnation=self.incarnation,
             grpc=address(host, grpc),
             http=http,
             zone=self.settings.zone,
