@@ -7,6 +7,7 @@
 
 const SEARCH_DELAY_MS = 180; // after the last key
 const POLL_MS = 2000;
+const CLUSTER_POLL_MS = 6000; // a look asks every storage node
 const SLOW_MS = 700; // then say that something is going on
 const PAGE_SIZE = 10;
 const RESULTS_MAX = 100;
@@ -21,6 +22,8 @@ const view = {
   limit: PAGE_SIZE,
 };
 let status = null; // last answer of /shoal/v1/status
+let cluster = null; // last answer of /shoal/v1/cluster, or the sentence why there is none
+let clusterAt = 0; // when that was asked for
 let target = null; // what of the collection is searched: see `targetOf`
 let facets = null; // {key, counts: Map, partial, points, at}
 let running = null; // AbortController of the search under way
@@ -123,6 +126,7 @@ async function poll() {
   polling = true;
   try {
     status = (await call("GET", "shoal/v1/status")).result;
+    await lookAtCluster();
     await showServer();
   } catch (failure) {
     if (failure.code === 401 || failure.code === 403) return askForKey(failure);
@@ -134,6 +138,18 @@ async function poll() {
     banner(sentence(failure.message));
   } finally {
     polling = false;
+  }
+}
+
+async function lookAtCluster() {
+  if (Date.now() - clusterAt < CLUSTER_POLL_MS) return;
+  clusterAt = Date.now();
+  try {
+    cluster = (await call("GET", "shoal/v1/cluster")).result;
+    if (cluster.mode !== "cluster") clusterAt = Infinity; // and it will not become one
+  } catch (failure) {
+    if (!(failure instanceof Refused) || failure.code === 401 || failure.code === 0) throw failure;
+    cluster = sentence(failure.message);
   }
 }
 
@@ -280,6 +296,60 @@ function showState() {
     ...lines.flatMap(([name, value]) => [el("dt", { textContent: name }), el("dd", { textContent: value })]),
   );
   $("state-reasons").textContent = status.state === "yellow" ? status.reasons.map(sentence).join(" ") : "";
+  showCluster();
+}
+
+// -- the cluster -------------------------------------------------------------------------------------
+
+const SHARD_STATES = { ok: "green", "under-replicated": "yellow", "no primary": "red", unavailable: "red" };
+
+// Its state stands in words as well: a dot alone says nothing to many.
+function part(state, title, text) {
+  const item = el(
+    "li",
+    {},
+    el("i", { "aria-hidden": "true" }),
+    el("span", {}, el("b", { textContent: title }), el("small", { textContent: text })),
+  );
+  item.dataset.state = state;
+  return item;
+}
+
+function nodePart(node) {
+  const words = [node.zone && `zone ${node.zone}`];
+  let state = "green";
+  if (!node.registered || node.unreachable) {
+    state = "red";
+    words.push(node.registered ? "does not answer" : "lost");
+  } else if (node.draining) {
+    state = "yellow";
+    words.push("draining");
+  }
+  if (node.replicas) words.push(`${node.replicas} shards, primary of ${node.primaries}`);
+  if (node.id === cluster.leader) words.push("leads");
+  return part(state, `${node.id} · ${node.role}`, words.filter(Boolean).join(", ") || "up");
+}
+
+function shardPart(shard) {
+  const replicas = shard.replicas.map((replica) => {
+    const words = [];
+    if (replica.node === shard.primary) words.push("primary");
+    if (replica.part !== "in_sync") words.push(replica.part);
+    if (replica.lost) words.push("lost");
+    return words.length ? `${replica.node} (${words.join(", ")})` : replica.node;
+  });
+  const state = shard.state === "ok" ? "" : `${shard.state}: `;
+  return part(SHARD_STATES[shard.state], `Shard ${shard.shard} · term ${shard.term}`, state + replicas.join(", "));
+}
+
+function showCluster() {
+  const failed = typeof cluster === "string";
+  $("cluster").hidden = !cluster || (!failed && cluster.mode !== "cluster");
+  $("cluster-note").textContent = failed ? cluster : "";
+  if (!cluster || failed) return;
+  const current = cluster.collections.find((each) => each.name === view.collection);
+  $("cluster-nodes").replaceChildren(...cluster.nodes.map(nodePart));
+  $("cluster-shards").replaceChildren(...(current?.shards ?? []).map(shardPart));
 }
 
 const count = (number) => number.toLocaleString("en");

@@ -6,6 +6,7 @@ tests fail; they are chosen with `-m browser`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
+from fakes.front import serve_front
+from fakes.metadata import FakeStore
 from harness import MakeServer, Server
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException
@@ -340,3 +343,35 @@ def test_a_server_that_goes_away_is_told_and_comes_back(
     server.start()
     page.until("the end of it", lambda: not page.find("#banner").is_displayed())
     assert page.titles() == ["Point 1"]
+
+
+def test_one_machine_shows_no_cluster(page: Page, docs: str) -> None:
+    page.open(f"?collection={docs}")
+    page.until("the state", lambda: page.texts("#state dt"))
+    assert not page.find("#cluster").is_displayed()
+
+
+def test_a_cluster_is_shown_and_what_it_lacks(driver: webdriver.Chrome) -> None:
+    async def lose_s2(store: FakeStore) -> None:
+        await store.txn([], {}, ["nodes/s2"])
+
+    with serve_front() as front:
+        for size in (WIDE, NARROW):
+            page = Page(driver, front.url).open(size=size)
+            page.until("the nodes", lambda page=page: len(page.texts("#cluster-nodes li")) == 4)
+            width = driver.execute_script("return document.documentElement.scrollWidth")
+            assert width <= size[0]
+        assert any("m1 · monitor" in text and "leads" in text for text in page.texts(".parts li"))
+        shards = page.texts("#cluster-shards li")
+        assert [text.split("\n")[0] for text in shards] == ["Shard 0 · term 1", "Shard 1 · term 1"]
+        assert all("(primary)" in text for text in shards)
+        front.do(lose_s2)
+        page.open()
+        page.until("the loss", lambda: any("s2" in t and "lost" in t for t in page.texts("li")))
+        states = page.texts("#cluster-shards small")
+        assert all("under-replicated" in text or "no primary" in text for text in states)
+        front.nodes.by_id["s1"].plan("status", *[asyncio.Event() for _ in range(99)])
+        front.store.down = True
+        page.open()
+        page.until("the sentence", lambda: "does not answer" in page.texts("#cluster-note")[0])
+    assert not [line for line in page.console() if "SEVERE" in line and "503" not in line]
