@@ -34,7 +34,13 @@ from shoal.files_api import FileSource
 from shoal.node.v1 import node_pb2 as pb
 from shoal.node.v1.replication_pb2 import ReplicaMessage
 from shoal.rpc import codec
-from shoal.rpc.channel import NODE_HEADER, NodeTls, server_credentials, server_options
+from shoal.rpc.channel import (
+    NODE_HEADER,
+    NodeTls,
+    node_metadata,
+    server_credentials,
+    server_options,
+)
 from shoal.rpc.faults import rpc_code, to_trailer
 from shoal.storage_api import Guard, Node, ShardKey
 from shoal.telemetry import logger
@@ -164,7 +170,7 @@ class NodeServer:
     # -- Exchange ---------------------------------------------------------------------------------
     async def _exchange(self, _: object, context: Context) -> None:
         await self._check_meant(context)
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(node_metadata(self._node_id))
         session = _Session(self, context)
         self._sessions.add(session)
         try:
@@ -290,10 +296,14 @@ class NodeServer:
         deliver = self._deliver
         if deliver is None:
             await _abort(context, NotSupported(f"storage node {self._node_id} has no replicas"))
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(node_metadata(self._node_id))
         async for batch in batches:
-            for message in batch.messages:
-                deliver(message)
+            try:
+                for message in batch.messages:
+                    deliver(message)
+            except Exception as error:  # ours; the call ends, and the sender makes a new one
+                _log.error("message_failed", node=self._node_id, error=error)
+                await _abort(context, Unavailable(f"storage node {self._node_id} failed"))
             if self._closing:
                 break
         return pb.ReplicateReply()

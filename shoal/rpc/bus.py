@@ -20,7 +20,7 @@ import grpc.aio
 
 from shoal import limits
 from shoal.node.v1.replication_pb2 import ReplicaMessage
-from shoal.rpc.channel import RpcSettings, node_metadata, open_channel
+from shoal.rpc.channel import RpcSettings, is_taken, node_metadata, open_channel
 from shoal.rpc.codec import join_frames
 from shoal.rpc.faults import from_rpc_error
 from shoal.telemetry import logger
@@ -149,8 +149,8 @@ class _Peer:
         try:
             call: Call = channel.stream_unary(METHOD)(metadata=node_metadata(self._node_id))
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                await call.initial_metadata()  # it is the node that is meant, and takes messages
-            if not call.done():
+                taken = await is_taken(call)
+            if taken:
                 self.connected, self._failures = True, 0
                 _log.debug("bus_connected", peer=self._node_id, address=address)
                 await self._pump(call)

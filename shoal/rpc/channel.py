@@ -23,6 +23,7 @@ __all__ = [
     "NODE_HEADER",
     "NodeTls",
     "RpcSettings",
+    "is_taken",
     "node_metadata",
     "open_channel",
     "server_credentials",
@@ -115,8 +116,19 @@ def server_credentials(tls: NodeTls) -> grpc.ServerCredentials:
 
 
 def node_metadata(node_id: str | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of a call that is meant for one node, whoever has its address by now."""
+    """Metadata of a call that is meant for one node, whoever has its address by now; and of the
+    beginning of a stream, by which the node says that it took the call."""
     return () if node_id is None else ((NODE_HEADER, node_id),)
+
+
+async def is_taken(call: grpc.aio.Call) -> bool:
+    """Whether the node has begun with this call. Only then may anything be sent that must not happen
+    twice, or elsewhere. False: the call is over, and its status says why."""
+    for name, _ in await call.initial_metadata():
+        if name == NODE_HEADER:
+            return True
+    await call.code()  # a refusal has no metadata of its own; its status may come a moment later
+    return False
 
 
 def _common_options() -> list[tuple[str, int]]:

@@ -28,7 +28,7 @@ from google.protobuf.message import DecodeError
 from shoal import limits
 from shoal.errors import BodyTooLarge, Busy, ShoalError, Unavailable
 from shoal.node.v1 import node_pb2 as pb
-from shoal.rpc.channel import RpcSettings
+from shoal.rpc.channel import RpcSettings, is_taken
 from shoal.rpc.codec import decode_error, join_frames
 from shoal.rpc.faults import from_rpc_error, lost, timed_out
 from shoal.telemetry import logger
@@ -190,8 +190,7 @@ class Exchange:
         try:
             try:
                 async with asyncio.timeout(self._settings.connect_timeout_s):
-                    await call.initial_metadata()  # the node is the one that is meant, and takes it
-                    if call.done():
+                    if not await is_taken(call):
                         await call.read()  # raises why
             except grpc.aio.AioRpcError as error:
                 return False, from_rpc_error(error, self._peer, write=False)

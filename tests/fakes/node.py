@@ -1,9 +1,11 @@
-"""A storage node in memory, as one node of a cluster is asked; and a wire that can go silent."""
+"""What tests of the transport between nodes share: a storage node in memory, as one node of a cluster
+is asked, and a wire that can go silent."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -19,9 +21,24 @@ from shoal.storage_api import (
     WriteResult,
 )
 
-__all__ = ["FakeNode", "Wire"]
+__all__ = ["FakeNode", "Wire", "in_loop", "until"]
 
 T = TypeVar("T")
+
+
+def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """An async test, in a loop of its own, for 30 s at most."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+
+    return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110, the conditions are of many kinds
+        await asyncio.sleep(0.002)
 
 
 class FakeNode:
