@@ -210,7 +210,8 @@ def test_the_state_of_the_collection_is_shown(page: Page, docs: str) -> None:
     page.open(f"?collection={docs}")
 
     def shown() -> dict[str, str]:
-        return dict(zip(page.texts("#state dt"), page.texts("#state dd"), strict=True))
+        texts = page.texts("#state dt, #state dd")  # in one step: it may be drawn anew
+        return dict(zip(texts[::2], texts[1::2], strict=True))
 
     page.until("six points", lambda: shown().get("Points") == "6")
     assert shown()["Vectors"] == "384 Cosine"
