@@ -17,11 +17,13 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 import pytest
@@ -174,22 +176,17 @@ class EtcdCluster:
                 member.process.wait()
                 member.process = None
 
-    def etcdctl(self, *arguments: str, user: str | None = None) -> str:
-        """Run the real etcdctl against all members; its output. user: "name:password"."""
-        binary = shutil.which("etcdctl")
-        assert binary is not None, "this test needs etcdctl (Debian: apt-get install etcd-client)"
-        command = [binary, f"--endpoints={','.join(self.endpoints)}", *arguments]
-        if user is not None:
-            command.insert(1, f"--user={user}")
-        done = subprocess.run(
-            command,
-            env={**os.environ, "ETCDCTL_API": "3"},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        return done.stdout
+    def ask(self, path: str, body: Mapping[str, object], n: int | None = None) -> dict[str, Any]:
+        """POST to the JSON gateway of one member: ask("kv/compaction", {"revision": 7}). So what a
+        test does to etcd does not rest on the client under test."""
+        member = self._members[self.running()[0] if n is None else n]
+        with self._http() as http:
+            answer = http.post(
+                f"{self._scheme}://{member.client}/v3/{path}", content=json.dumps(body), timeout=5
+            )
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
 
     def wait_healthy(self, members: Sequence[int]) -> None:
         wait_until(
@@ -257,26 +254,16 @@ class EtcdCluster:
     def _http(self) -> httpx.Client:
         if self._tls is None:
             return httpx.Client(trust_env=False)
-        import ssl
-
         context = ssl.create_default_context(cafile=self._tls["ca"])
         context.load_cert_chain(self._tls["cert"], self._tls["key"])
         return httpx.Client(verify=context, trust_env=False)
 
     def _leads(self, n: int) -> bool:
-        """By etcd's JSON gateway, so that these tests do not rest on the client that they test."""
         try:
-            with self._http() as http:
-                answer = http.post(
-                    f"{self._scheme}://{self._members[n].client}/v3/maintenance/status",
-                    content=json.dumps({}),
-                    timeout=1,
-                ).json()
+            answer = self.ask("maintenance/status", {}, n)
         except httpx.HTTPError:
             return False
-        return answer.get("leader") not in (None, "0") and (
-            answer["leader"] == answer["header"]["member_id"]
-        )
+        return answer.get("leader", "0") == answer["header"]["member_id"]
 
     def _signal(self, n: int, number: signal.Signals) -> None:
         process = self._members[n].process

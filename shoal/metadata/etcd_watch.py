@@ -11,13 +11,14 @@ member lives: before etcd 3.5.8 it could overtake events, so it never moves `aft
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
-from shoal.errors import ShoalError
+from shoal.errors import InvariantError, ShoalError
 from shoal.metadata import etcd_pb2 as pb
 from shoal.metadata.contract import Compacted, Event, StoreRefused
 from shoal.metadata.etcd_members import ATTEMPT_S, WATCH, Members, NoAnswer
@@ -29,6 +30,8 @@ IDLE_S = 1.5  # of silence before a progress request, and between one and the ne
 UNANSWERED_MAX = 2
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.05, 1.0
 _REFUSALS_MAX = 2  # a token that has just run out looks like a missing permission
+
+T = TypeVar("T")
 
 _log = logger("metadata")
 
@@ -48,19 +51,18 @@ async def watch_forever(
     cluster_id = members.cluster_id
     pause_s, refusals = _PAUSE_S_MIN, 0
     while not closed.is_set():
-        index = members.current
+        stream = _Stream(members, members.current, closed)
         try:
-            answers = _one_member(members, index, key, range_end, after + 1, closed)
-            async with aclosing(answers):
-                async for answer in answers:
-                    pause_s, refusals = _PAUSE_S_MIN, 0
-                    if answer.header.cluster_id != cluster_id:
-                        members.cluster_id = answer.header.cluster_id
-                        raise Compacted("etcd was restored from a backup. Read anew, then watch.")
-                    events = [to_event(e) for e in answer.events if e.kv.mod_revision > after]
-                    if events:
-                        after = events[-1].revision
-                        yield events
+            await stream.open(key, range_end, after + 1)
+            while (answer := await stream.next()) is not None:
+                pause_s, refusals = _PAUSE_S_MIN, 0
+                if answer.header.cluster_id != cluster_id:
+                    members.cluster_id = answer.header.cluster_id
+                    raise Compacted("etcd was restored from a backup. Read anew, then watch.")
+                events = [to_event(e) for e in answer.events if e.kv.mod_revision > after]
+                if events:
+                    after = events[-1].revision
+                    yield events
         except NoAnswer as failure:
             if closed.is_set():
                 return
@@ -69,96 +71,115 @@ async def watch_forever(
             refusals += 1
             if refusals >= _REFUSALS_MAX or not members.log_in_again():
                 raise
+        finally:
+            await stream.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(closed.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await closed.wait()
         pause_s = min(2 * pause_s, _PAUSE_S_MAX)
 
 
-async def _one_member(
-    members: Members, index: int, key: bytes, range_end: bytes, first: int, closed: asyncio.Event
-) -> AsyncGenerator[pb.WatchResponse, None]:
-    """Answers, with fragments put together. Ends when `closed` is set. Raises NoAnswer (another
-    member is the current one then), Compacted, StoreRefused."""
-    call: Call = await members.open_stream(index, WATCH)
-    token = members.token
-    create = pb.WatchCreateRequest(
-        key=key, range_end=range_end, start_revision=first, fragment=True
-    )
-    parts: list[pb.Event] = []
-    try:
-        await _send(call, pb.WatchRequest(create_request=create))
-        answers = _answers(call, closed)
-        async with aclosing(answers):
-            async for answer in answers:
-                if answer.canceled:
-                    raise _cancelled(answer)
-                parts.extend(answer.events)
-                if not answer.fragment:
-                    whole = pb.WatchResponse(header=answer.header, events=parts)
-                    parts = []
-                    yield whole
-    except grpc.aio.AioRpcError as error:
-        raise members.failure(index, error, token) from error
-    except NoAnswer:
-        members.leave(index)
-        raise
-    except (asyncio.CancelledError, grpc.aio.UsageError):
-        if not closed.is_set():
-            raise
-    finally:
-        call.cancel()
+class _Stream:
+    """A watch at one member. Its methods raise NoAnswer (another member is the current one then),
+    Compacted, StoreRefused."""
 
+    def __init__(self, members: Members, index: int, closed: asyncio.Event) -> None:
+        self._members = members
+        self._index = index
+        self._closing = asyncio.ensure_future(closed.wait())
+        self._reading: asyncio.Future[pb.WatchResponse] | None = None
+        self._call: Call | None = None
+        self._token: str | None = None
 
-async def _answers(call: Call, closed: asyncio.Event) -> AsyncGenerator[pb.WatchResponse, None]:
-    """What the member says, with a question after each time of silence."""
-    unanswered = 0
-    closing = asyncio.ensure_future(closed.wait())
-    reading = asyncio.ensure_future(_read(call))
-    try:
-        while True:
-            await asyncio.wait(
-                [reading, closing], timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED
-            )
-            if closing.done():
-                return
-            if reading.done():
-                answer, unanswered = reading.result(), 0
-                yield answer
-                reading = asyncio.ensure_future(_read(call))
-            elif unanswered < UNANSWERED_MAX:
-                unanswered += 1
-                await _send(call, pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
-            else:
-                raise NoAnswer(f"silent for {(unanswered + 1) * IDLE_S} s", maybe=False)
-    finally:
-        closing.cancel()
-        reading.cancel()
-        await asyncio.wait([closing, reading])
-
-
-async def _read(call: Call) -> pb.WatchResponse:
-    answer = await call.read()
-    if isinstance(answer, pb.WatchResponse):
-        return answer
-    raise NoAnswer("the member ended the watch", maybe=False)
-
-
-async def _send(call: Call, request: pb.WatchRequest) -> None:
-    try:
-        async with asyncio.timeout(ATTEMPT_S):
-            await call.write(request)
-    except TimeoutError:
-        raise NoAnswer("the member takes no requests", maybe=False) from None
-    except asyncio.InvalidStateError as error:  # the call has ended meanwhile
-        raise NoAnswer(f"the watch has ended: {error}", maybe=False) from None
-
-
-def _cancelled(answer: pb.WatchResponse) -> ShoalError | NoAnswer:
-    if answer.compact_revision:
-        return Compacted(
-            f"etcd keeps changes after revision {answer.compact_revision} only. Read anew, then "
-            "watch from there."
+    async def open(self, key: bytes, range_end: bytes, first: int) -> None:
+        self._call = await self._members.open_stream(self._index, WATCH)
+        self._token = self._members.token
+        create = pb.WatchCreateRequest(
+            key=key, range_end=range_end, start_revision=first, fragment=True
         )
-    if "permission denied" in answer.cancel_reason:
-        return StoreRefused("etcd does not let this user watch the prefix. Grant it `readwrite`.")
-    return NoAnswer(f"the watch was cancelled: {answer.cancel_reason or 'no reason'}", maybe=False)
+        await self._guard(self._send(pb.WatchRequest(create_request=create)))
+
+    async def next(self) -> pb.WatchResponse | None:
+        """The next answer, its fragments put together. None: `closed` was set."""
+        parts: list[pb.Event] = []
+        while (answer := await self._guard(self._answer())) is not None:
+            if answer.canceled:
+                raise self._cancelled(answer)
+            parts.extend(answer.events)
+            if not answer.fragment:
+                return pb.WatchResponse(header=answer.header, events=parts)
+        return None
+
+    async def close(self) -> None:
+        waiting: list[asyncio.Future[Any]] = [self._closing]
+        if self._reading is not None:
+            waiting.append(self._reading)
+        for task in waiting:
+            task.cancel()
+        if self._call is not None:
+            self._call.cancel()
+        await asyncio.wait(waiting)
+
+    async def _guard(self, work: Coroutine[None, None, T]) -> T | None:
+        """Failures in our own terms; the end of the whole store is no failure."""
+        try:
+            return await work
+        except grpc.aio.AioRpcError as error:
+            raise self._members.failure(self._index, error, self._token) from error
+        except NoAnswer:
+            self._members.leave(self._index)
+            raise
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            if not self._closing.done():
+                raise
+            return None
+
+    async def _answer(self) -> pb.WatchResponse | None:
+        """What the member says, with a question after each time of silence."""
+        for unanswered in range(UNANSWERED_MAX + 1):
+            if self._reading is None:
+                self._reading = asyncio.ensure_future(self._read())
+            either: list[asyncio.Future[Any]] = [self._reading, self._closing]
+            await asyncio.wait(either, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED)
+            if self._closing.done():
+                return None
+            if self._reading.done():
+                reading, self._reading = self._reading, None
+                return reading.result()
+            if unanswered < UNANSWERED_MAX:
+                await self._send(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+        raise NoAnswer(f"silent for {(UNANSWERED_MAX + 1) * IDLE_S} s", maybe=False)
+
+    def _open_call(self) -> Call:
+        if self._call is None:
+            raise InvariantError("a watch is opened before it is read")
+        return self._call
+
+    async def _read(self) -> pb.WatchResponse:
+        answer = await self._open_call().read()
+        if isinstance(answer, pb.WatchResponse):
+            return answer
+        raise NoAnswer("the member ended the watch", maybe=False)
+
+    async def _send(self, request: pb.WatchRequest) -> None:
+        try:
+            async with asyncio.timeout(ATTEMPT_S):
+                await self._open_call().write(request)
+        except TimeoutError:
+            raise NoAnswer("the member takes no requests", maybe=False) from None
+        except asyncio.InvalidStateError as error:  # the call has ended meanwhile
+            raise NoAnswer(f"the watch has ended: {error}", maybe=False) from None
+
+    @staticmethod
+    def _cancelled(answer: pb.WatchResponse) -> ShoalError | NoAnswer:
+        if answer.compact_revision:
+            return Compacted(
+                f"etcd keeps changes after revision {answer.compact_revision} only. Read anew, "
+                "then watch from there."
+            )
+        if "permission denied" in answer.cancel_reason:
+            return StoreRefused(
+                "etcd does not let this user watch the prefix. Grant it `readwrite` on it."
+            )
+        why = answer.cancel_reason or "no reason"
+        return NoAnswer(f"the watch was cancelled: {why}", maybe=False)

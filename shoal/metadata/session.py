@@ -217,6 +217,8 @@ class Session:
     async def _give_back(self, lease: int) -> None:
         """Best effort: what is not revoked ends by itself."""
         try:
-            await asyncio.wait_for(self._store.lease_revoke(lease), _REVOKE_S_MAX)
+            # Not wait_for: in Python 3.11 it may swallow that `close` cancelled us.
+            async with asyncio.timeout(_REVOKE_S_MAX):
+                await self._store.lease_revoke(lease)
         except (ShoalError, TimeoutError) as error:
             _log.info("lease_not_revoked", node=self.record.id, why=str(error) or "no answer")
