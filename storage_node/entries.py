@@ -36,7 +36,8 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """The rows of `inputs` that were alive at the last checkpoint become segment `output`."""
+    """The rows of `inputs` that were alive at the last Seal before this become segment `output`.
+    Nothing, when an earlier merge took one of the inputs."""
 
     inputs: tuple[int, ...]
     output: int

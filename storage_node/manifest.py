@@ -19,15 +19,16 @@ from shoal.errors import FormatTooNew, ShardStopped
 from storage_node.faults import fault_point
 from storage_node.files import storage_errors, sync_folder
 
-__all__ = ["Manifest", "SegmentRecord", "read_manifest", "write_manifest"]
+__all__ = ["Manifest", "PendingMerge", "SegmentRecord", "read_manifest", "write_manifest"]
 
-_FORMAT = 2  # 1 had no terms
+_FORMAT = 2  # 1 had no terms and no merges
 _NAME = "MANIFEST"
 
 
 class SegmentRecord(BaseModel):
-    """One live segment. files: name -> (bytes, crc32c) of every file that must be there.
-    tombstones: the file with the rows that were dead at the checkpoint. indexes: vector names."""
+    """One live segment. files: name -> (bytes, crc32c) of every file that must be there, older
+    tombstones that a pending merge reads included. tombstones: the file with the rows that were dead
+    at the checkpoint. indexes: vector names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,10 +39,24 @@ class SegmentRecord(BaseModel):
     indexes: tuple[str, ...] = ()
 
 
+class PendingMerge(BaseModel):
+    """A merge that is in the log, as entry `sequence`, and not done. tombstones: for each input the
+    file with the rows to leave out (None: none), as of the last checkpoint before the entry; None as
+    long as that checkpoint is not installed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sequence: int
+    inputs: tuple[int, ...]
+    output: int
+    tombstones: tuple[str | None, ...] | None = None
+
+
 class Manifest(BaseModel):
     """checkpoint: every log entry up to this one is in the segments and their tombstones.
     terms: (term, its first log entry) of those up to the checkpoint, whose log may be trimmed.
-    term: of the entries that a shard without other replicas writes."""
+    term: of the entries that a shard without other replicas writes. segments: ascending by id.
+    merges: pending ones of entries up to the checkpoint, in their order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,6 +68,7 @@ class Manifest(BaseModel):
     terms: tuple[tuple[int, int], ...] = ()
     next_segment_id: int = 1
     segments: tuple[SegmentRecord, ...] = Field(default=())
+    merges: tuple[PendingMerge, ...] = ()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,6 +1,6 @@
 """Writing the segment that a merge makes: a function of files, so it can run in a child process.
 
-The inputs are read as of their tombstone files, which is as of the shard's last checkpoint.
+The inputs are read as of the tombstone files that their records name: see PendingMerge.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_
 from storage_node.segment import SealedSegment
 from storage_node.state import ShardState
 
-__all__ = ["Recovered", "adopt", "recover"]
+__all__ = ["Recovered", "recover"]
 
 _log = telemetry.logger("storage")
 
@@ -73,6 +73,7 @@ def recover(
         size = sum(length for length, _ in record.files.values())
         state.sealed.append(_open_segment(recovered, segments, record, verify=size <= left))
         left -= size
+    state.merges = list(manifest.merges)
     for group in log.open(manifest.checkpoint, new=found is None, terms=manifest.terms):
         for sequence, entry in enumerate(group.entries, group.first):
             if sequence <= manifest.checkpoint:
@@ -83,18 +84,7 @@ def recover(
                 recovered.tail.append((sequence, group.term, entry))
     if found is None:  # last: from now on a log must be there
         write_manifest(folder, manifest)
-    alive = {segment.segment_id for segment in state.sealed}
-    state.merges = [merge for merge in state.merges if alive.issuperset(merge.inputs)]
     return recovered
-
-
-def adopt(folder: Path, manifest: Manifest) -> None:
-    """Make a shard of a new folder whose `segments` were copied, and synced, from the replica that
-    gave this manifest: `recover` opens it. Before it returns, the folder holds no shard."""
-    log = Log(folder / "log")
-    log.reset(manifest.checkpoint + 1, manifest.terms)
-    log.close()
-    write_manifest(folder, manifest)
 
 
 def _open_segment(
@@ -103,7 +93,7 @@ def _open_segment(
     folder, spec = segments / str(record.segment_id), recovered.state.spec
     for path in folder.iterdir():
         if path.name not in record.files:
-            path.unlink()  # an older tombstone file, or an index that was never published
+            path.unlink()  # tombstones or an index that no manifest came to name
     if verify:
         record = _verified(folder, record, spec)
     else:

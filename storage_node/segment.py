@@ -8,7 +8,7 @@
       vectors.{i}    the i-th dense vector of the rows that have it: Faiss flat header, then (m, dim)
                      float32. Rows without it are left out: as zeros they would ruin a graph
       index.{i}      an HNSW graph over vectors.{i}, without the vectors; comes later
-      tombstones.{n} packed bitmap of the rows that were dead at checkpoint n; the newest counts
+      tombstones.{n} packed bitmap of n rows that were dead at a checkpoint; the manifest says which
 
 Row number = rank of the id, so an id is found by bisection and a scroll is a range of rows. Names of
 vectors are a user's text, so files carry their number; rows.arr holds the names.
@@ -57,7 +57,7 @@ class SealedSegment:
     """The rows of one segment, ready to be read.
 
     live             (ceil(rows / 8),) uint8 packed: alive now. Changed in place by `kill`.
-    checkpoint_live  the same as of the manifest's checkpoint: what tombstones.{n} says.
+    checkpoint_live  the same as of the manifest's checkpoint: what its tombstones say.
     """
 
     def __init__(self, folder: Path, record: SegmentRecord, spec: ShardSpec) -> None:

@@ -10,7 +10,7 @@ A key lives in at most one segment. An update kills the old row and appends a ne
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
@@ -39,6 +39,7 @@ from shoal.storage_api import (
 from storage_node.entries import LogEntry, Merge, Seal
 from storage_node.filtering import matches
 from storage_node.growing import GrowingSegment
+from storage_node.manifest import PendingMerge, SegmentRecord
 from storage_node.searching import Snapshot, SnapshotUnit, matching_ids, take_rows
 from storage_node.segment import SealedSegment, concat
 
@@ -69,7 +70,7 @@ class ShardState:
         self.sealed: list[SealedSegment] = []
         self.frozen: list[GrowingSegment] = []  # sealed in the log, not yet on disk; oldest first
         self.checkpoints: list[Checkpoint] = []  # one for each of `frozen`
-        self.merges: list[Merge] = []  # begun in the log, not yet installed
+        self.merges: list[PendingMerge] = []  # in the order of the log, which is theirs
         self.growing = GrowingSegment(0, spec)
         self._locks: dict[int, threading.Lock] = {}
 
@@ -236,8 +237,7 @@ class ShardState:
             case Seal(segment=segment):
                 self._freeze(segment, sequence)
             case Merge():
-                self.next_segment_id = max(self.next_segment_id, entry.output + 1)
-                self.merges.append(entry)
+                self._begin_merge(entry, sequence)
             case (
                 SetPayload()
                 | OverwritePayload()
@@ -315,32 +315,68 @@ class ShardState:
         self.checkpoints.append(Checkpoint(sequence, frozen, live_at))
         self.growing = GrowingSegment(0, self.spec)
 
+    def _begin_merge(self, merge: Merge, sequence: int) -> None:
+        self.next_segment_id = max(self.next_segment_id, merge.output + 1)
+        there = {s.segment_id for s in self.sealed} | {f.segment_id for f in self.frozen}
+        for earlier in self.merges:
+            there = there - set(earlier.inputs) | {earlier.output}
+        if there.issuperset(merge.inputs):  # else it was done before a restart, or comes too late
+            self.merges.append(
+                PendingMerge(sequence=sequence, inputs=merge.inputs, output=merge.output)
+            )
+            self._fix_merges()
+
+    def _fix_merges(self) -> None:
+        """What a merge leaves out is as of the last checkpoint before it in the log, so that every
+        replica leaves out the same, however late it seals or merges."""
+        here = {segment.segment_id: segment.record for segment in self.sealed}
+        for number, merge in enumerate(self.merges):
+            if merge.tombstones is not None:
+                continue
+            if self.checkpoints and self.checkpoints[0].sequence < merge.sequence:
+                return
+            if not here.keys() >= set(merge.inputs):
+                return  # an earlier merge makes one of them
+            tombstones = tuple(here[segment].tombstones for segment in merge.inputs)
+            self.merges[number] = merge.model_copy(update={"tombstones": tombstones})
+
+    def may_install(self, checkpoint: Checkpoint) -> bool:
+        """Whether the merges before it know already what to leave out."""
+        return all(
+            merge.tombstones is not None
+            for merge in self.merges
+            if merge.sequence < checkpoint.sequence
+        )
+
     def install_seal(
         self,
         checkpoint: Checkpoint,
         sealed: SealedSegment | None,
         rows: NDArray[np.int64],
+        records: Mapping[int, SegmentRecord],
     ) -> None:
         """The oldest frozen segment is on disk now. rows: which of its rows each sealed row was.
-        sealed is None when none of them was alive."""
+        sealed is None when none of them was alive. records: by segment, as of the checkpoint."""
         must(self.checkpoints[0] is checkpoint, "checkpoints are installed in their order")
+        must(self.may_install(checkpoint), "a merge before the checkpoint would see it")
         frozen = checkpoint.frozen
         self.checkpoints.pop(0)
         self.frozen.pop(0)
         self._locks.pop(id(frozen), None)
         for segment in self.sealed:
             segment.set_checkpoint(checkpoint.live_at[segment.segment_id])
-        if sealed is None:
-            return
-        sealed.live = _pick(frozen.view().live, rows)
-        sealed.dead_count = sealed.row_count - int(np.bitwise_count(sealed.live).sum())
-        for later in self.checkpoints:
-            later.live_at[frozen.segment_id] = _pick(later.live_at[frozen.segment_id], rows)
-        self.sealed.append(sealed)
+            segment.record = records[segment.segment_id]
+        if sealed is not None:
+            sealed.live = _pick(frozen.view().live, rows)
+            sealed.dead_count = sealed.row_count - int(np.bitwise_count(sealed.live).sum())
+            for later in self.checkpoints:
+                later.live_at[frozen.segment_id] = _pick(later.live_at[frozen.segment_id], rows)
+            self.sealed.append(sealed)
+        self._fix_merges()
 
     def install_merge(
         self,
-        merge: Merge,
+        merge: PendingMerge,
         output: SealedSegment | None,
         source: NDArray[np.integer],
         rows: NDArray[np.int64],
@@ -353,12 +389,12 @@ class ShardState:
             bits = [later.live_at.pop(s.segment_id) for s in inputs]
             if output is not None:
                 later.live_at[merge.output] = pick_merged(bits, source, rows)
-        if output is None:
-            return
-        output.live = pick_merged([s.live for s in inputs], source, rows)
-        output.set_checkpoint(pick_merged([s.checkpoint_live for s in inputs], source, rows))
-        output.dead_count = output.row_count - int(np.bitwise_count(output.live).sum())
-        self.sealed.append(output)
+        if output is not None:
+            output.live = pick_merged([s.live for s in inputs], source, rows)
+            output.set_checkpoint(pick_merged([s.checkpoint_live for s in inputs], source, rows))
+            output.dead_count = output.row_count - int(np.bitwise_count(output.live).sum())
+            self.sealed.append(output)
+        self._fix_merges()
 
     def segment(self, segment_id: int) -> SealedSegment:
         return next(s for s in self.sealed if s.segment_id == segment_id)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from shoal import limits, telemetry
 from shoal.batch import unpack_bits
-from shoal.errors import ShardStopped, StorageFull, Unavailable
+from shoal.errors import ShardStopped, StorageFull, Unavailable, must
 from shoal.index_api import BuildJob, IndexBuilder
 from shoal.settings import StorageSettings
 from shoal.storage_api import ShardSpec
@@ -43,7 +43,7 @@ from storage_node.files import (
 )
 from storage_node.lanes import Lanes
 from storage_node.log import Log
-from storage_node.manifest import Manifest, SegmentRecord, write_manifest
+from storage_node.manifest import Manifest, PendingMerge, SegmentRecord, write_manifest
 from storage_node.merging import MergeJob, encode_job, read_answer, write_merged
 from storage_node.planner import Pause, SegmentStats, choose_merge, needs_index, seals_in_pause
 from storage_node.recovery import Recovered
@@ -68,7 +68,8 @@ class Upkeep:
 
     propose      put a Seal or Merge in the log; done when it is applied. Raises StorageFull or
                  Unavailable when it is not: it is proposed again later.
-    may_propose  whether this replica decides; the others only do what the log says.
+    may_propose  whether this replica decides; the others only do what the log says. Only one that
+                 has applied all that is in its log may: segment numbers in there are taken.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Upkeep:
         self._closing = False
         self._jobs: set[asyncio.Future[Any]] = set()
         self._seal_blocked: StorageFull | None = None  # why the oldest frozen segment stays
+        self._merge_blocked: StorageFull | None = None
+        self._merge_ended = asyncio.Event()  # a merge was installed, or cannot be
         self._build_after: dict[
             tuple[int, str], tuple[float, float]
         ] = {}  # failed: when again, wait
@@ -183,6 +186,7 @@ class Upkeep:
             self._seal_due.clear()
             while self.state.checkpoints:
                 try:
+                    await self._wait_for_merges(self.state.checkpoints[0])
                     await self._seal(self.state.checkpoints[0])
                     self._seal_blocked = None
                 except StorageFull as error:
@@ -190,6 +194,14 @@ class Upkeep:
                     self._seal_blocked = error
                     self._room.set()  # who waits for room must hear it
                     await asyncio.sleep(_RETRY_S)
+
+    async def _wait_for_merges(self, checkpoint: Checkpoint) -> None:
+        """Only where a replica is a whole merge behind: see `ShardState.may_install`."""
+        while not self.state.may_install(checkpoint):
+            if self._merge_blocked is not None:
+                raise self._merge_blocked
+            self._merge_ended.clear()
+            await self._merge_ended.wait()
 
     async def _seal(self, checkpoint: Checkpoint) -> None:
         frozen = checkpoint.frozen
@@ -203,14 +215,12 @@ class Upkeep:
                 opened = await self._in_files(SealedSegment, folder, record, self.spec)
             await self._in_files(write_manifest, self.folder, manifest)
             self.manifest = manifest
-            self.state.install_seal(checkpoint, opened, rows)
-            records = {r.segment_id: r for r in manifest.segments}
-            for segment in self.state.sealed:
-                old = segment.record.tombstones
-                segment.record = records[segment.segment_id]
-                # A merge under way may be about to read them: then they stay until the next start.
-                if old not in (None, segment.record.tombstones) and not self._merging:
-                    await self._in_files((segment.folder / str(old)).unlink)
+            before = [(segment, segment.record.files) for segment in self.state.sealed]
+            records = {record.segment_id: record for record in manifest.segments}
+            self.state.install_seal(checkpoint, opened, rows, records)
+            for segment, files in before:
+                for name in files.keys() - segment.record.files.keys():
+                    await self._in_files((segment.folder / name).unlink)
         self._room.set()
         self._changed.set()
         await self._in_files(self._log.trim, checkpoint.sequence)
@@ -246,10 +256,11 @@ class Upkeep:
             bits = checkpoint.live_at[segment.segment_id]
             current = segment.record
             if not np.array_equal(bits, segment.checkpoint_live):
-                current = self._with_tombstones(segment.folder, current, bits, checkpoint.sequence)
+                current = self._with_tombstones(segment.folder, current, bits)
             records.append(current)
         if record is not None:
             records.append(record)
+        merges = [merge for merge in self.state.merges if merge.sequence < checkpoint.sequence]
         return self.manifest.model_copy(
             update={
                 "checkpoint": checkpoint.sequence,
@@ -257,17 +268,29 @@ class Upkeep:
                 "next_segment_id": max(
                     self.manifest.next_segment_id, checkpoint.frozen.segment_id + 1
                 ),
-                "segments": tuple(records),
+                "segments": _ascending(records),
+                "merges": tuple(merges),
             }
         )
 
     def _with_tombstones(
-        self, folder: Path, record: SegmentRecord, live: NDArray[np.uint8], sequence: int
+        self, folder: Path, record: SegmentRecord, live: NDArray[np.uint8]
     ) -> SegmentRecord:
-        dead = np.packbits(~unpack_bits(live, record.rows), bitorder="little")
-        name = f"tombstones.{sequence}"
-        files = {n: s for n, s in record.files.items() if n != record.tombstones}
-        files[name] = write_file(folder / name, [dead])
+        dead = ~unpack_bits(live, record.rows)
+        # Rows only ever die: their number says which they are, on every replica the same.
+        name = f"tombstones.{int(dead.sum())}"
+        wanted = {
+            tombstones
+            for merge in self.state.merges
+            for segment, tombstones in zip(merge.inputs, merge.tombstones or (), strict=False)
+            if segment == record.segment_id
+        }
+        files = {
+            file: total
+            for file, total in record.files.items()
+            if file != record.tombstones or file in wanted
+        }
+        files[name] = write_file(folder / name, [np.packbits(dead, bitorder="little")])
         sync_folder(folder)
         return record.model_copy(update={"files": files, "tombstones": name})
 
@@ -285,11 +308,16 @@ class Upkeep:
                     pass
             except (StorageFull, Unavailable) as error:
                 _log.warning("optimise_waits", why=error.message)
+                if isinstance(error, StorageFull) and self.state.merges:
+                    self._merge_blocked = error
+                    self._merge_ended.set()  # a seal that waits for it must hear it
                 await asyncio.sleep(_RETRY_S)
 
     async def _optimise_once(self) -> bool:
         """Do the next merge or index; False when there is nothing to do now."""
         if self.state.merges:
+            if self.state.merges[0].tombstones is None:
+                return False  # the seal loop goes on from here
             await self._merge(self.state.merges[0])
             return True
         pause = self._pause()
@@ -353,7 +381,7 @@ class Upkeep:
             if self._build_after.get((segment.segment_id, name), never)[0] <= now
         ]
 
-    async def _merge(self, merge: Merge) -> None:
+    async def _merge(self, merge: PendingMerge) -> None:
         self._merging = True
         inputs = [self.state.segment(i) for i in merge.inputs]
         named = False  # the output may stand in the manifest: never delete it then
@@ -374,9 +402,12 @@ class Upkeep:
                 named = True
                 await self._in_files(write_manifest, self.folder, manifest)
                 self.manifest = manifest
-                self.state.install_merge(merge, output, source, rows)
                 if output is not None:
-                    output.record = manifest.segments[-1]
+                    records = {record.segment_id: record for record in manifest.segments}
+                    output.record = records[merge.output]
+                self.state.install_merge(merge, output, source, rows)
+            self._merge_blocked = None
+            self._merge_ended.set()
             fault_point("merge.after_install")
             for segment in inputs:  # readers that still map these files keep them alive
                 await self._in_files(shutil.rmtree, segment.folder)
@@ -388,11 +419,16 @@ class Upkeep:
         self._changed.set()
 
     async def _write_merged(
-        self, merge: Merge
+        self, merge: PendingMerge
     ) -> tuple[SealedSegment | None, NDArray[np.uint16], NDArray[np.int64]]:
         """Small merges run in a thread, large ones in a child process: starting one costs half a
         second of CPU, and a thread would share this interpreter for seconds."""
-        records = tuple(self.state.segment(i).record for i in merge.inputs)
+        must(merge.tombstones is not None, "a merge that does not know yet what to leave out")
+        assert merge.tombstones is not None
+        records = tuple(
+            self.state.segment(segment).record.model_copy(update={"tombstones": tombstones})
+            for segment, tombstones in zip(merge.inputs, merge.tombstones, strict=True)
+        )
         job = MergeJob(self.folder / "segments", self.spec, records, merge.output)
         if sum(record.rows for record in records) <= _MERGE_IN_THREAD_ROWS_MAX:
             merged = await self._in_files(write_merged, job)
@@ -407,7 +443,7 @@ class Upkeep:
 
     def _merged(
         self,
-        merge: Merge,
+        merge: PendingMerge,
         output: SealedSegment | None,
         source: NDArray[np.uint16],
         rows: NDArray[np.int64],
@@ -418,14 +454,14 @@ class Upkeep:
             live = pick_merged([s.checkpoint_live for s in inputs], source, rows)
             record = output.record
             if int(np.bitwise_count(live).sum()) < record.rows:
-                record = self._with_tombstones(
-                    output.folder, record, live, self.manifest.checkpoint
-                )
+                record = self._with_tombstones(output.folder, record, live)
             records.append(record)
+        merges = [pending for pending in self.manifest.merges if pending.output != merge.output]
         return self.manifest.model_copy(
             update={
                 "next_segment_id": max(self.manifest.next_segment_id, merge.output + 1),
-                "segments": tuple(records),
+                "segments": _ascending(records),
+                "merges": tuple(merges),
             }
         )
 
@@ -516,6 +552,10 @@ class Upkeep:
 
     def _segment_folder(self, segment_id: int) -> Path:
         return self.folder / "segments" / str(segment_id)
+
+
+def _ascending(records: list[SegmentRecord]) -> tuple[SegmentRecord, ...]:
+    return tuple(sorted(records, key=lambda record: record.segment_id))
 
 
 def _give_memory_back() -> None:
