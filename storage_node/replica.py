@@ -315,6 +315,7 @@ class _Peer:
     lease_from: float = float("-inf")  # our clock, when the newest message that it answered left
     incarnation: int | None = None
     aligned: bool = False  # it answered a Probe of this term: `match` is of this term
+    careful: bool = False  # something was lost: one message at a time, until one arrives
     reading: bool = False
     needs_files: bool = False
 
@@ -423,6 +424,9 @@ class Replica:
         """The term of an entry of our log; -1 when no longer known; 0 before the first."""
         if sequence == 0:
             return 0
+        # Everything after `committed` is in memory: however many terms it spans, none is forgotten.
+        if self.recent and self.recent[0].sequence <= sequence <= self.last:
+            return self.recent[sequence - self.recent[0].sequence].term
         found = bisect_right(self.epochs, sequence, key=lambda epoch: epoch[1]) - 1
         return self.epochs[found][0] if found >= 0 else -1
 
@@ -598,7 +602,7 @@ class Replica:
             and not peer.reading
             and not peer.needs_files
             and peer.sent < self.last
-            and peer.sent - peer.match < WINDOW_ENTRIES_MAX
+            and peer.sent - peer.match < (1 if peer.careful else WINDOW_ENTRIES_MAX)
         ):
             if not self.recent or peer.sent + 1 < self.recent[0].sequence:
                 peer.reading = True
@@ -663,31 +667,34 @@ class Replica:
         agreed = self._agreed(m)
         if peer.incarnation != m.incarnation:
             peer.incarnation, peer.match, peer.needs_files = m.incarnation, agreed, False
-        elif peer.aligned and (agreed < peer.match or m.echo < peer.rewound_at):
-            # Said before what it said since; or about one of many messages behind one that was
-            # lost, when all that follows has been sent again.
-            return []
+        elif peer.aligned:
+            if m.echo < peer.rewound_at:
+                return []  # it lacked what has been sent again since
+            # Each of many messages behind a lost one is answered so: stop them from starting as
+            # many avalanches.
+            peer.careful = True
         if peer.needs_files:
             return self._send_away(sender)
         peer.match = max(peer.match, agreed)
         peer.sent, peer.aligned, peer.rewound_at = peer.match, True, now
+        if self.term_at(peer.sent) < 0:  # it could not check where such a message begins
+            peer.sent = min(peer.sent, m.committed)
         return self._pump(sender, now) + self._advance(now)
 
     def _agreed(self, m: Position) -> int:
         """Up to where the member's durable log is the same as ours."""
         agreed = min(m.committed, self.last)  # the committed prefix is everybody's
         theirs = [*m.epochs, (0, m.durable + 1)]
-        for (term, first), (_, following) in pairwise(theirs):
-            end = min(following - 1, self._end_of(term, first))
-            agreed = max(agreed, min(end, m.durable))
+        for (term, _), (_, following) in pairwise(theirs):
+            # A term has one log. Whoever has an entry of it has all before that entry, too, even if
+            # the beginning was trimmed and `epochs` says that the term began later.
+            agreed = max(agreed, min(following - 1, self._end_of(term), m.durable))
         return agreed
 
-    def _end_of(self, term: int, first: int) -> int:
-        """Last sequence number of this term in our log; -1 when the term begins elsewhere here."""
-        for number, (mine, begins) in enumerate(self.epochs):
+    def _end_of(self, term: int) -> int:
+        """Last sequence number of this term in our log; -1 when we have none."""
+        for number, (mine, _) in enumerate(self.epochs):
             if mine == term:
-                if begins != first:
-                    return -1
                 following = self.epochs[number + 1 :]
                 return following[0][1] - 1 if following else self.last
         return -1
@@ -753,7 +760,7 @@ class Replica:
         if not peer.aligned:
             return []  # of an earlier time in this term; the Position is on its way
         if m.match > peer.match:
-            peer.match, peer.acked = m.match, now
+            peer.match, peer.acked, peer.careful = m.match, now, False
         peer.sent = max(peer.sent, peer.match)
         if peer.match == self.last:
             peer.acked = now
@@ -791,8 +798,8 @@ class Replica:
         return effects + self._on_append(m)
 
     def _has(self, prev: int, prev_term: int) -> bool:
-        if prev <= self.committed:
-            return True
+        if prev <= max(self.committed, self._verified):
+            return True  # what is known to be the same needs no comparison
         return prev <= self.last and self.term_at(prev) == prev_term
 
     def _on_append(self, m: Append) -> list[Effect]:
