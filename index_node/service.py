@@ -129,23 +129,43 @@ class IndexNode:
             output = await self._build(mine)
         except _SourceGone as error:
             _log.warning("index_source_gone", job=job.key, why=str(error))
-            after = failed(mine, source_gone=True)
+            await self._end(mine, lambda job: failed(job, source_gone=True))
         except ShoalError as error:
             _log.error("index_failed", job=job.key, why=error.message)
-            after = failed(mine, source_gone=False)
+            await self._end(mine, lambda job: failed(job, source_gone=False))
         else:
             size, crc = await asyncio.to_thread(_sum, output)
             artifact = IndexArtifact(
                 size=size, crc32c=crc, built_on="cpu", seconds=time.monotonic() - started
             )
             self._artifacts[job.key] = output, time.monotonic()
-            after = mine.model_copy(update={"state": IndexJobState.DONE, "artifact": artifact})
-        ended = await self._store.txn(
-            [Compare(job.key, done.revision)], {job.key: after.to_bytes()}
-        )
-        if ended.ok and after.state is IndexJobState.DONE:
             _log.info("index_built", job=job.key, rows=job.count, seconds=artifact.seconds)
-        await self._seen(ended.revision)
+            finished = {"state": IndexJobState.DONE, "artifact": artifact}
+            await self._end(mine, lambda job: job.model_copy(update=finished))
+
+    async def _end(
+        self, mine: IndexJobRecord, after: Callable[[IndexJobRecord], IndexJobRecord]
+    ) -> None:
+        """Write down how it ended, if the job still is ours; replicas may have changed its source.
+        Until that has worked nobody else takes the job: we are alive."""
+        while True:
+            try:
+                entry = await self._store.get(mine.key)
+                if entry is None:
+                    return
+                job, revision = _read(entry)
+                if job.incarnation != self._incarnation:
+                    return
+                done = await self._store.txn(
+                    [Compare(job.key, revision)], {job.key: after(job).to_bytes()}
+                )
+            except ShoalError as error:
+                _log.warning("index_job_not_ended", job=mine.key, why=error.message)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if done.ok:
+                await self._seen(done.revision)
+                return
 
     async def _seen(self, revision: int) -> None:
         """Wait a moment for the watch to show that change: else the same job is tried again."""

@@ -105,6 +105,8 @@ class SharedBuilder:
             return True
         if record.state is IndexJobState.DONE:
             return await self._fetch(job, record, entry.revision)
+        if record.state is IndexJobState.BUILDING:
+            return False  # whoever builds it, or the next index node, says what became of it
         if not record.source or (
             record.source != self._node_id and not self._is_alive(record.source, None)
         ):

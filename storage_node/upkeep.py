@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from shoal import limits, telemetry
 from shoal.batch import unpack_bits
 from shoal.errors import ShardStopped, StorageFull, Unavailable, must
-from shoal.index_api import BuildJob, IndexBuilder
+from shoal.index_api import BuildJob, IndexBuilder, IndexOf
 from shoal.settings import StorageSettings
 from shoal.storage_api import ShardSpec
 from storage_node.entries import LogEntry, Merge, Seal
@@ -480,6 +480,7 @@ class Upkeep:
             ef_construct=vector.hnsw_ef_construct,
             output=temporary,
             threads=self._settings.index_threads,
+            of=IndexOf(self.spec.key, segment.segment_id, segment.index_file(name)),
         )
         key = (segment.segment_id, name)
         try:

@@ -10,17 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index_node.service import IndexNode
+from shoal import limits
 from shoal.api.models import CreateCollection
 from shoal.batch import DenseBlock, PointBatch
 from shoal.errors import NotPrimary, ShoalError, TimedOut, Unavailable
+from shoal.faiss_index import FlatVectors, build_graph
 from shoal.files_api import FileSource
 from shoal.ids import PointIds
+from shoal.index_api import BuildJob
 from shoal.metadata.contract import Compare
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import (
     CollectionRecord,
     CollectionState,
     IdRecord,
+    NodeRecord,
+    NodeRole,
     ShardRecord,
     shard_spec,
 )
@@ -36,13 +42,35 @@ DIM = 4
 TIMING = Timing(heartbeat_s=0.02, lease_s=0.1, replica_timeout_s=0.3, resend_s=0.06)
 
 
+class CountingBuilder:
+    """Builds here, in a thread, and counts. fail: says no."""
+
+    def __init__(self) -> None:
+        self.built = 0
+        self.fail = False
+
+    async def build(self, job: BuildJob) -> None:
+        if self.fail:
+            raise Unavailable("this builder is told to fail")
+        flat = FlatVectors(job.vectors, job.dim, job.count, job.distance)
+        await asyncio.to_thread(
+            build_graph, flat.values, job.distance, job.m, job.ef_construct, job.output, 1
+        )
+        self.built += 1
+
+    async def close(self) -> None:
+        """Nothing is running."""
+
+
 class World:
     """Nodes a, b, c over one metadata store."""
 
-    def __init__(self, folder: Path, store: EmbeddedStore, seal_bytes: int) -> None:
-        self.folder, self.store = folder, store
+    def __init__(self, folder: Path, store: EmbeddedStore, seal_bytes: int, indexes: bool) -> None:
+        self.folder, self.store, self.indexes = folder, store, indexes
+        self.builders: dict[str, CountingBuilder] = {}
         self.settings = StorageSettings(seal_bytes=seal_bytes, disk_free_bytes_min=0)
         self.nodes: dict[str, ClusterNode] = {}
+        self.index_nodes: dict[str, IndexNode] = {}
         self.cut: set[tuple[str, str]] = set()  # (from, to): nothing passes
 
     async def start(self, name: str) -> ClusterNode:
@@ -53,11 +81,13 @@ class World:
             send=lambda to, message, size: self._send(name, to, message),
             sources=self._source,
             metadata_lost=lambda: 0.0,
-            builder=None,
+            builder=self.builder(name) if self.indexes else None,
             settings=self.settings,
             timing=TIMING,
         )
         self.nodes[name] = node
+        record = NodeRecord(id=name, role=NodeRole.STORAGE, incarnation=name)
+        await self.store.txn([], {record.key: record.to_bytes()})
         await node.start()
         return node
 
@@ -74,9 +104,30 @@ class World:
             node.deliver(ReplicaMessage.FromString(data))
 
     def _source(self, name: str) -> FileSource:
+        if name in self.index_nodes:
+            return self.index_nodes[name]  # type: ignore[return-value]
         if name not in self.nodes:
             raise Unavailable(f"{name} is not there")
         return self.nodes[name]
+
+    def builder(self, name: str) -> CountingBuilder:
+        return self.builders.setdefault(name, CountingBuilder())
+
+    async def start_index_node(self, name: str) -> IndexNode:
+        record = NodeRecord(id=name, role=NodeRole.INDEX, incarnation=name + "1")
+        await self.store.txn([], {record.key: record.to_bytes()})
+        node = IndexNode(
+            self.store,
+            node_id=name,
+            incarnation=record.incarnation,
+            sources=self._source,
+            builder=self.builder(name),
+            scratch=self.folder / f"scratch-{name}",
+            threads=1,
+        )
+        self.index_nodes[name] = node
+        await node.start()
+        return node
 
     def isolate(self, name: str) -> None:
         for other in {"a", "b", "c"} - {name}:
@@ -84,10 +135,15 @@ class World:
 
     async def stop(self, name: str) -> None:
         await self.nodes.pop(name).close()
+        await self.store.txn([], {}, [f"nodes/{name}"])
 
     async def create(self, nodes: list[str]) -> None:
         request = CreateCollection.model_validate(
-            {"vectors": {"size": DIM, "distance": "Dot"}}, strict=False
+            {
+                "vectors": {"size": DIM, "distance": "Dot"},
+                "hnsw_config": {"full_scan_threshold": 10},
+            },
+            strict=False,
         )
         record = CollectionRecord(
             id=1,
@@ -170,15 +226,19 @@ def points(keys: object, value: float) -> PointBatch:
 
 
 @contextlib.asynccontextmanager
-async def world(tmp_path: Path, seal_bytes: int = 1 << 24) -> AsyncIterator[World]:
+async def world(
+    tmp_path: Path, seal_bytes: int = 1 << 24, *, indexes: bool = False
+) -> AsyncIterator[World]:
     store = await EmbeddedStore.open(tmp_path / "metadata.sqlite")
-    made = World(tmp_path, store, seal_bytes)
+    made = World(tmp_path, store, seal_bytes, indexes)
     try:
         for name in ("a", "b", "c"):
             await made.start(name)
         await made.create(["a", "b", "c"])
         yield made
     finally:
+        for index_node in made.index_nodes.values():
+            await index_node.close()
         for name in list(made.nodes):
             await made.stop(name)
         await store.close()
@@ -310,6 +370,78 @@ def test_a_deleted_collection_is_deleted_on_every_node(tmp_path: Path) -> None:
             for name in "abc":
                 folder = w.nodes[name].storage.folder(KEY)
                 await w.until(lambda folder=folder: not folder.exists(), "files to go")
+
+    asyncio.run(main())
+
+
+async def indexed_everywhere(w: World) -> None:
+    for start in range(0, 6_000, 500):
+        await w.write("a", *range(start, start + 500))
+    await indexed(w)
+
+
+async def indexed(w: World) -> None:
+    def done() -> bool:
+        infos = [w.shard(name).info() for name in w.nodes]
+        return all(info.indexed_vectors >= 4_000 and not info.pending for info in infos)
+
+    await w.until(done, "an index on every replica")
+
+
+def test_one_index_node_builds_for_all_replicas(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path, seal_bytes=65_536, indexes=True) as w:
+            await w.start_index_node("x")
+            await indexed_everywhere(w)
+            assert w.builder("x").built >= 1
+            assert [w.builder(name).built for name in "abc"] == [0, 0, 0]
+            files = [
+                sorted(
+                    (p.name, p.read_bytes())
+                    for p in w.nodes[name].storage.folder(KEY).glob("segments/*/index.*")
+                )
+                for name in "abc"
+            ]
+            assert files[0] == files[1] == files[2] != []
+
+    asyncio.run(main())
+
+
+def test_the_job_of_a_dead_index_node_goes_to_another(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path, seal_bytes=65_536, indexes=True) as w:
+            gone = await w.start_index_node("x")
+            w.builder("x").built = 0
+
+            hanging = asyncio.Event()
+
+            async def hang(job: BuildJob) -> None:
+                hanging.set()
+                await asyncio.Event().wait()
+
+            w.builder("x").build = hang  # type: ignore[method-assign]
+            for start in range(0, 6_000, 500):
+                await w.write("a", *range(start, start + 500))
+            await w.until(hanging.is_set, "the job to be claimed")
+            await gone.close()  # as its lease ends: its registration goes
+            w.index_nodes.pop("x")
+            await w.store.txn([], {}, ["nodes/x"])
+            await w.start_index_node("y")
+            await indexed(w)
+            assert w.builder("y").built >= 1
+
+    asyncio.run(main())
+
+
+def test_without_an_index_node_replicas_build_for_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "INDEX_JOB_WAIT_S", 0.1)
+
+    async def main() -> None:
+        async with world(tmp_path, seal_bytes=65_536, indexes=True) as w:
+            await indexed_everywhere(w)
+            assert all(w.builder(name).built >= 1 for name in "abc")
 
     asyncio.run(main())
 
