@@ -307,6 +307,7 @@ class _Peer:
     since: float  # what answers a message from before this moment was said in another life
     heard: float  # when it last answered
     acked: float  # when it last held everything, or made progress
+    window: int  # entries that may be under way: 1 after a loss, doubled with each progress
     match: int = 0  # it holds our log up to here on its disk
     sent: int = 0
     rewound_at: float = float("-inf")  # when we last began to send anew from `match`
@@ -315,7 +316,6 @@ class _Peer:
     lease_from: float = float("-inf")  # our clock, when the newest message that it answered left
     incarnation: int | None = None
     aligned: bool = False  # it answered a Probe of this term: `match` is of this term
-    careful: bool = False  # something was lost: one message at a time, until one arrives
     reading: bool = False
     needs_files: bool = False
 
@@ -500,7 +500,9 @@ class Replica:
         for node in sorted(self.config.members - {self.node}):
             # One that joins may have left and come back empty between two records that we saw.
             if node not in self._peers or node in self.config.joining:
-                self._peers[node] = _Peer(since=now, heard=now, acked=now)
+                self._peers[node] = _Peer(
+                    since=now, heard=now, acked=now, window=WINDOW_ENTRIES_MAX
+                )
                 effects += self._probe(node, now)
         return effects + self._advance(now)
 
@@ -602,7 +604,7 @@ class Replica:
             and not peer.reading
             and not peer.needs_files
             and peer.sent < self.last
-            and peer.sent - peer.match < (1 if peer.careful else WINDOW_ENTRIES_MAX)
+            and peer.sent - peer.match < peer.window
         ):
             if not self.recent or peer.sent + 1 < self.recent[0].sequence:
                 peer.reading = True
@@ -672,7 +674,7 @@ class Replica:
                 return []  # it lacked what has been sent again since
             # Each of many messages behind a lost one is answered so: stop them from starting as
             # many avalanches.
-            peer.careful = True
+            peer.window = 1
         if peer.needs_files:
             return self._send_away(sender)
         peer.match = max(peer.match, agreed)
@@ -760,7 +762,8 @@ class Replica:
         if not peer.aligned:
             return []  # of an earlier time in this term; the Position is on its way
         if m.match > peer.match:
-            peer.match, peer.acked, peer.careful = m.match, now, False
+            peer.match, peer.acked = m.match, now
+            peer.window = min(2 * peer.window, WINDOW_ENTRIES_MAX)
         peer.sent = max(peer.sent, peer.match)
         if peer.match == self.last:
             peer.acked = now
