@@ -54,6 +54,7 @@ PURE = (
     "monitor/health.py",
     "monitor/view.py",
     "shoal/api/filter.py",
+    "shoal/rpc/codec.py",
     "shoal/placement.py",
     "storage_node/planner.py",
     "storage_node/row_filter.py",

@@ -38,6 +38,7 @@ __all__ = ["Exchange"]
 _log = logger("rpc")
 METHOD = "/shoal.node.v1.StorageNode/Exchange"
 _SWEEP_S = 0.1  # deadlines are kept to this
+_BACKOFF_S_MIN = 0.05
 _RETRY_BUDGET_MAX = 32.0
 _RETRY_PER_ANSWER = 0.05  # at most one request in twenty is sent twice
 
@@ -83,7 +84,7 @@ class Exchange:
         self._budget = _RETRY_BUDGET_MAX
         self._failures = 0  # connections in a row that could not be made
         self._blocked_until = 0.0
-        self._blocked_why = ""
+        self._blocked_by: ShoalError | None = None
         self._closed = False
 
     @property
@@ -121,8 +122,8 @@ class Exchange:
     def _check(self, size: int, now: float) -> None:
         if self._closed:
             raise Unavailable(f"the connection to {self._peer} was closed")
-        if now < self._blocked_until:
-            raise lost(self._peer, self._blocked_why, maybe_applied=False)
+        if now < self._blocked_until and self._blocked_by is not None:
+            raise _as_seen(self._blocked_by, maybe_applied=False)
         if size > limits.RPC_MESSAGE_BYTES_MAX:
             raise BodyTooLarge(
                 f"Bad request: {size} bytes for one shard, {limits.RPC_MESSAGE_BYTES_MAX} are "
@@ -165,6 +166,7 @@ class Exchange:
     async def _run(self) -> None:
         """Until the connection ends, and again while there is something to send once more."""
         loop = asyncio.get_running_loop()
+        lived = False
         try:
             while True:
                 try:
@@ -172,15 +174,21 @@ class Exchange:
                 except Exception as error:  # ours; whoever waits must not wait for ever
                     _log.error("exchange_failed", peer=self._peer, error=error)
                     connected, why = False, lost(self._peer, repr(error), maybe_applied=False)
-                self._settle(why, again=connected)
+                # Right after a connection died gRPC may hand out what is left of it once more: that
+                # says nothing about the node, and nothing was sent.
+                remnant = lived and not connected
+                self._settle(why, again=connected, unsent=remnant)
                 if connected:
                     self._failures = 0
-                else:
-                    pause = min(self._settings.reconnect_s_max, 0.05 * 2**self._failures)
+                elif not remnant:
+                    pause = min(self._settings.reconnect_s_max, _BACKOFF_S_MIN * 2**self._failures)
                     self._failures = min(self._failures + 1, 16)
-                    self._blocked_until, self._blocked_why = loop.time() + pause, str(why)
+                    self._blocked_until, self._blocked_by = loop.time() + pause, why
                 if not self._outbox or self._closed:
                     return
+                if remnant:
+                    await asyncio.sleep(_BACKOFF_S_MIN)
+                lived = connected
         finally:
             self._runner = None
 
@@ -265,16 +273,22 @@ class Exchange:
                     waiting.data = b""  # never sent twice
         return batch
 
-    def _settle(self, why: ShoalError, *, again: bool) -> None:
-        """The connection is gone: what can be asked again goes back into the outbox, the rest fails."""
+    def _settle(self, why: ShoalError, *, again: bool, unsent: bool = False) -> None:
+        """The connection is gone: what can be asked again goes back into the outbox, the rest fails.
+
+        again    each request may have one more attempt, if the budget allows it
+        unsent   what did not leave stays, as if nothing had been tried
+        """
         self._outbox.clear()
         self._outbox_bytes = 0
         self._cancelled.clear()
         for number, waiting in list(self._waiting.items()):
             maybe = waiting.write and waiting.sent
-            if again and not maybe and not waiting.retried and self._budget >= 1:
+            once_more = again and not maybe and not waiting.retried and self._budget >= 1
+            if once_more:
                 self._budget -= 1
                 waiting.retried, waiting.sent = True, False
+            if once_more or (unsent and not waiting.sent):
                 self._outbox.append((number, waiting))
                 self._outbox_bytes += len(waiting.data)
                 continue
@@ -297,9 +311,7 @@ class Exchange:
 
 def _as_seen(why: ShoalError, *, maybe_applied: bool) -> ShoalError:
     """A new error for each caller: one that is raised twice would collect both tracebacks."""
-    error = type(why)(why.message)
-    if maybe_applied:
-        error.message += ". The write may have happened"
+    error = type(why)(why.message + (". The write may have happened" if maybe_applied else ""))
     error.maybe_applied = maybe_applied
     error.retryable = why.retryable
     return error

@@ -82,10 +82,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str, *, write: bool) -> Sh
 
 def lost(peer: str, why: str, *, maybe_applied: bool) -> Unavailable:
     """No answer will come."""
-    error = Unavailable(f"{peer} cannot be reached: {why}")
-    if maybe_applied:
-        error.message += ". The write may have happened"
-        error.maybe_applied = True
+    perhaps = ". The write may have happened" if maybe_applied else ""
+    error = Unavailable(f"{peer} cannot be reached: {why}{perhaps}")
+    error.maybe_applied = maybe_applied
     return error
 
 
