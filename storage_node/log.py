@@ -199,6 +199,7 @@ class Log:
         StorageFull: nothing was written and the log is as before. Any other OSError: broken.
         """
         self._check_usable()
+        must(len(entries) > 0, "a group without entries")
         must(first in (None, self.next_sequence), f"entry {first} cannot be {self.next_sequence}")
         first = self.next_sequence
         must(not self._terms or term >= self._terms[-1][0], f"{self.folder}: term {term} is over")

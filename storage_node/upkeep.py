@@ -146,7 +146,8 @@ class Upkeep:
         self._changed.set()
 
     def seal_due(self) -> Seal | None:
-        """The entry that must come next, because the growing segment is full."""
+        """The entry that must come next, because the growing segment is full. It stays full until
+        that is applied: ask again then, or when the entry was given up."""
         growing = self.state.growing
         full = growing.byte_size >= self._settings.seal_bytes
         # Deletes add no rows, but a log that only grows would take ever longer to replay.
