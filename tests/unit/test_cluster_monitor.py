@@ -539,6 +539,30 @@ def test_leadership_alone(tmp_path: Path):
     asyncio.run(story())
 
 
+def test_of_two_that_see_a_free_place_one_gets_it(tmp_path: Path):
+    async def story() -> None:
+        store = await EmbeddedStore.open(tmp_path / "metadata.sqlite")
+        lease = (await store.lease_grant(3_600)).id
+        first = Leadership(store, node_id="m1", incarnation="a", lease=lambda: lease)
+
+        async def first_is_faster() -> None:
+            assert await first.campaign()
+
+        between = Between(store, first_is_faster)
+        between.get = store.get  # type: ignore[attr-defined]
+        second = Leadership(
+            between,  # type: ignore[arg-type]
+            node_id="m2",
+            incarnation="b",
+            lease=lambda: lease,
+        )
+        assert not await second.campaign()
+        assert await first.campaign()
+        await store.close()
+
+    asyncio.run(story())
+
+
 def test_an_uncertain_candidacy_is_settled_by_the_next_look(tmp_path: Path):
     async def story() -> None:
         store = await EmbeddedStore.open(tmp_path / "metadata.sqlite")

@@ -146,6 +146,9 @@ def test_a_primary_with_a_lease_that_does_not_answer_stays():
     assert not found.actions
     assert found.findings[0].state is Health.RED
     assert "does not answer" in found.findings[0].reason
+    silent = {"s1": node("s1", replica(), answers=False), "s2": node("s2", replica())}
+    view = ClusterView(NOW, [shard("s1 s2")], silent)
+    assert not decide(view, replace(RULES, grace_s=0.0)).actions
 
 
 @pytest.mark.parametrize(

@@ -543,6 +543,28 @@ def assert_same_files(sender: Sender, here: Path) -> None:
             assert (here / path).read_bytes() == (sender.folder / path).read_bytes()
 
 
+def test_an_install_whose_rest_cannot_be_deleted_is_over_all_the_same(
+    sender: Sender, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else the next start would do it again, over a log that has gone on meanwhile."""
+    fetch_all(sender, here)
+    remove = transfer.shutil.rmtree
+
+    def fails(path: Path, **options: object) -> None:
+        if path.name != "installing":
+            remove(path, **options)
+
+    monkeypatch.setattr(transfer.shutil, "rmtree", fails)
+    checkpoint = install(here).checkpoint
+    log = Log(here / "log")
+    assert list(log.open(checkpoint, new=False)) == []
+    log.append([b"acknowledged"], 3)
+    log.close()
+    assert finish_install(here) is None
+    (group,) = Log(here / "log").open(checkpoint, new=False)
+    assert group.entries == (b"acknowledged",)
+
+
 def test_an_install_of_which_a_file_vanished_is_refused(sender: Sender, here: Path):
     fetch_all(sender, here)
     in_a_process_that_dies("install.after_log", 1, lambda: install(here))
