@@ -49,6 +49,7 @@ __all__ = ["ClusterNode"]
 
 _log = telemetry.logger("member")
 _RETRY_S = 1.0
+_REPAIR_S = 30.0  # after an install that failed, of a full disk most likely
 
 
 class ClusterNode:
@@ -217,11 +218,18 @@ class ClusterNode:
             )
 
     async def opened(self, shard: Shard) -> None:
-        """Read the record anew: an old one could make a primary of the past speak again."""
+        """Read the record anew: an old one could make a replica follow a primary of the past."""
         key = shard.spec.key
-        entry = await self._store.get(shard_key(key.collection_id, key.shard))
-        if entry is not None:
-            shard.configure(self._config(*_read(entry)))
+        while True:
+            try:
+                entry = await self._store.get(shard_key(key.collection_id, key.shard))
+            except ShoalError as error:
+                _log.warning("record_not_read", shard=key, why=error.message)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if entry is not None:
+                shard.configure(self._config(*_read(entry)))
+            return
 
     def _config(self, record: ShardRecord, revision: int) -> Config:
         collection = self._collections.get(record.collection_id)
@@ -307,29 +315,37 @@ class ClusterNode:
             self._spawn(self._join_by_files(shard, source))
 
     async def _join_by_files(self, key: ShardKey, source: str) -> None:
-        """Take over the files of the primary; the log from there on then comes by itself. What fails
-        is tried again when the primary next says that its log does not reach back to us."""
+        """Take over the files of the primary; the log from there on then comes by itself. Without
+        success the replica is opened anew as it was: the primary says again that it needs files, and
+        the download goes on where it ended."""
         folder = self.storage.folder(key)
+        complete = False
         try:
-            _log.info("replica_fetched", shard=key, source=source)
+            _log.info("replica_is_fetched", shard=key, source=source)
             await download(
                 self._sources(source),
                 key,
                 folder,
                 disk_free_bytes_min=self._settings.disk_free_bytes_min,
             )
-            async with self._locks.setdefault(key, asyncio.Lock()):
-                found, spec = self._record(key), self._spec(key)
-                if found is None or spec is None or self.node not in found[0].joining:
-                    await asyncio.to_thread(discard, folder)
-                    return
-                await self.storage.close_shard(key)
-                try:
-                    await asyncio.to_thread(install, folder)
-                finally:
-                    await self._reopen(key, spec)
+            complete = True
         except ShoalError as error:
             _log.warning("replica_not_fetched", shard=key, source=source, why=error.message)
+            await asyncio.sleep(_RETRY_S)
+        try:
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                found, spec = self._record(key), self._spec(key)
+                if found is None or spec is None:
+                    return  # deleted meanwhile
+                await self.storage.close_shard(key)
+                if self.node not in found[0].joining:
+                    await asyncio.to_thread(discard, folder)
+                elif complete:
+                    await asyncio.to_thread(install, folder)
+                await self._reopen(key, spec)
+        except ShoalError as error:
+            _log.error("replica_not_taken_over", shard=key, why=error.message)
+            self._spawn(self._reconcile_later(key))
         finally:
             self._fetching.discard(key)
 
@@ -338,6 +354,10 @@ class ClusterNode:
         await asyncio.to_thread(finish_install, folder)
         await asyncio.to_thread(clear_outgoing, folder)
         await self.storage.open_shard(spec, new=False)
+
+    async def _reconcile_later(self, key: ShardKey) -> None:
+        await asyncio.sleep(_REPAIR_S)
+        await self._reconcile(key)
 
     async def snapshot(self, shard: ShardKey) -> FileSnapshot:
         """The files of a replica here, see shoal/files_api.py."""

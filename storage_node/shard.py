@@ -33,6 +33,7 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal.index_api import IndexBuilder
+from shoal.metadata.keeper import boottime_s
 from shoal.settings import StorageSettings
 from shoal.storage_api import (
     Guard,
@@ -171,7 +172,7 @@ class Shard:
             committed=self.state.applied,
             tail=[Entry(*entry) for entry in recovered.tail],
             fresh=fresh or alone,
-            now=asyncio.get_running_loop().time(),
+            now=boottime_s(),
             timing=self._membership.timing,
         )
         self._replication = Replication(
@@ -180,7 +181,7 @@ class Shard:
             self._lanes,
             self,
             lambda config: self._membership.propose(self.spec.key, config),
-            clock=asyncio.get_running_loop().time,
+            clock=boottime_s,
         )
         loops = (
             self._commit_loop,
