@@ -22,6 +22,7 @@ BENCHMARKS = {
     "insert": 900,
     "filters": 900,
     "shards": 1_500,
+    "rpc": 300,
     "compare": 1_800,
     "memory": 2_400,
 }
