@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from shoal.errors import Unavailable
+from shoal.errors import FormatTooNew, Unavailable
 from shoal.metadata.contract import Event, KeyValue
 from shoal.metadata.schema import NODES_PREFIX, NodeRecord, node_key
 from shoal.metadata.watched import Watched
@@ -89,7 +89,11 @@ class Nodes:
                 self._learn(event.key.removeprefix(NODES_PREFIX), event.key, event.value)
 
     def _learn(self, node_id: str, key: str, value: bytes) -> None:
-        address = NodeRecord.from_bytes(key, value).grpc
+        try:
+            address = NodeRecord.from_bytes(key, value).grpc
+        except FormatTooNew as error:
+            _log.warning("node_record_too_new", node=node_id, why=error.message)
+            return
         if address and address != self._addresses.get(node_id):
             self._addresses[node_id] = address
             _log.info("node_address", node=node_id, address=address)

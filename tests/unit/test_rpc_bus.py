@@ -225,6 +225,16 @@ async def test_addresses_come_and_stay(tmp_path):
 
 
 @in_loop
+async def test_a_record_of_a_newer_version_is_passed_over(tmp_path):
+    async with directory(tmp_path) as (store, nodes):
+        await store.txn([], {"nodes/s1": record("s1", "10.0.0.1:7001").to_bytes()})
+        await until(lambda: nodes.address("s1"))
+        newer = await store.txn([], {"nodes/s1": b'{"version": 99, "grpc": {"host": "x"}}'})
+        await until(lambda: nodes._entries["nodes/s1"].revision == newer.revision)
+        assert nodes.address("s1") == "10.0.0.1:7001"
+
+
+@in_loop
 async def test_clients_of_the_directory_work_and_close(tmp_path):
     peer, here = Peer("s1"), FakeNode("s0")
     address = f"{HOST}:{await peer.start()}"
