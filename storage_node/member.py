@@ -49,6 +49,7 @@ __all__ = ["ClusterNode"]
 
 _log = telemetry.logger("member")
 _RETRY_S = 1.0
+_EXPIRE_S = 60.0  # between two looks for snapshots that nobody fetches from any more
 _REPAIR_S = 30.0  # after an install that failed, of a full disk most likely
 
 
@@ -147,10 +148,14 @@ class ClusterNode:
             _log.error("member_task_failed", error=error)
 
     async def _tick(self) -> None:
+        expires = 0.0
         while True:
             await asyncio.sleep(self.timing.heartbeat_s / 2)
             for shard in self.storage.shards():
                 shard.tick()
+            if (now := asyncio.get_running_loop().time()) >= expires:
+                expires = now + _EXPIRE_S
+                await self._outgoing.expire()
 
     # -- what the records say ---------------------------------------------------------------------
     def _on_change(self, events: Sequence[Event]) -> None:
