@@ -14,12 +14,18 @@ TORCH := torch==2.13.0
 TORCH_FLAGS ?=
 
 .PHONY: help install demo serve test check test-slow test-compat test-browser bench proto format clean
+.PHONY: cluster cluster-down cluster-status test-cluster test-on-cluster test-docker
 
 help:
 	@echo "make demo          index real text, ask it questions, leave the server running"
+	@echo "make cluster       a whole cluster on this machine, plain processes; needs etcd"
+	@echo "make cluster-down  stop it; its data stays in cluster-data"
 	@echo "make test          the tests that need nothing else, in a few minutes"
 	@echo "make check         style, types, house rules, fresh generated code"
 	@echo "make test-slow     crash, recall and differential tests at full length"
+	@echo "make test-cluster  real clusters on this machine, broken in every way; needs etcd"
+	@echo "make test-on-cluster   the tests of one server, against a cluster"
+	@echo "make test-docker   the image and the compose file; needs Docker"
 	@echo "make test-compat   LangChain, LlamaIndex, Haystack and mem0 against a server"
 	@echo "make test-browser  the dashboard in Chromium"
 	@echo "make bench         the measurements of the README; hours on a small machine"
@@ -44,11 +50,30 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/shoal serve
 
+cluster: $(STAMP)
+	$(BIN)/shoal cluster up
+
+cluster-down: $(STAMP)
+	$(BIN)/shoal cluster down
+
+cluster-status: $(STAMP)
+	$(BIN)/shoal cluster status
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not ($(NOT_ALONE))"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -m "cluster and not slow"
+
+# Browser and other people's packages are left to their own targets.
+test-on-cluster: $(STAMP)
+	$(BIN)/python -m pytest --cluster -m "not ($(NOT_ALONE))" tests/http tests/differential tests/recall
+
+test-docker: $(STAMP)
+	$(BIN)/python -m pytest -m docker
 
 test-compat: $(STAMP)
 	$(PIP) install --quiet --editable '.[$(EXTRAS),compat]'

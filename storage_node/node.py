@@ -100,6 +100,7 @@ class StorageNode:
         self._lanes = Lanes()
         SHARED.bytes_max = settings.filter_cache_bytes_max
         self._shards: dict[ShardKey, Shard] = {}
+        self._dropping: dict[ShardKey, asyncio.Future[None]] = {}
 
     async def start(self, specs: Sequence[ShardSpec]) -> None:
         """Open the shards that the catalog knows, and delete what it does not know: a collection
@@ -193,7 +194,15 @@ class StorageNode:
             raise shard.stop_error or Unavailable(shard.stopped)
 
     async def drop_shard(self, shard: ShardKey) -> None:
-        """Gone when it returns; reads under way finish on their maps. Unknown: nothing to do."""
+        """Gone when it returns; reads under way finish on their maps. Unknown: nothing to do. Asked
+        twice at once (by a coordinator, and by the record that is gone) it is done once."""
+        dropping = self._dropping.get(shard)
+        if dropping is None:
+            dropping = self._dropping[shard] = asyncio.ensure_future(self._drop(shard))
+            dropping.add_done_callback(lambda _: self._dropping.pop(shard, None))
+        await asyncio.shield(dropping)
+
+    async def _drop(self, shard: ShardKey) -> None:
         found = self._shards.pop(shard, None)
         if found is not None:
             await found.close()

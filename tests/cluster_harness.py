@@ -34,7 +34,6 @@ FULL = {"etcd": 3, "coordinator": 2, "storage-node": 3, "monitor": 2}
 SMALL = {"etcd": 1, "coordinator": 1, "storage-node": 3, "monitor": 1}
 DEFAULTS: dict[str, dict[str, object]] = {
     "all": {"node_lease_s": LEASE_S},
-    "coordinator": {"encoder_model": "none"},
     "storage-node": {"seal_bytes": 65_536},
     "monitor": {"failover_grace_s": GRACE_S, "rereplicate_after_s": REREPLICATE_S},
 }

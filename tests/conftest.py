@@ -5,6 +5,9 @@
 `client`        a real QdrantClient on `server`.
 `collection`    a name that no other test uses.
 
+Under `pytest --cluster` all of these are whole clusters on this machine (cluster_harness.py), and the
+tests run as they are. Those marked `one_machine` are left out; the mark says why.
+
 A test that fails prints the end of the log of every server that it used.
 """
 
@@ -13,12 +16,37 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from harness import MakeServer, Server
 from qdrant_client import QdrantClient
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cluster",
+        action="store_true",
+        help="run the tests of one server against whole clusters on this machine",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--cluster"):
+        for item in items:
+            mark = item.get_closest_marker("one_machine")
+            if mark is not None:
+                item.add_marker(pytest.mark.skip(reason=f"not for a cluster: {mark.args[0]}"))
+
+
+def _server_class(config: pytest.Config) -> type[Server]:
+    if not config.getoption("--cluster"):
+        return Server
+    from cluster_harness import ClusterServer
+
+    return cast("type[Server]", ClusterServer)  # the part of its face that tests of clusters use
+
 
 _SERVERS: pytest.StashKey[list[Server]] = pytest.StashKey()
 
@@ -50,7 +78,7 @@ def make_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make
         **settings: Any,
     ) -> Server:
         folder = data_dir if data_dir is not None else tmp_path / f"data{len(made)}"
-        server = Server(folder, settings=settings, fault=fault)
+        server = _server_class(request.config)(folder, settings=settings, fault=fault)
         made.append(server)
         _remember(request, server)
         return server.start() if start else server
@@ -61,8 +89,12 @@ def make_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make
 
 
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("shared") / "data", settings={"seal_bytes": 65_536})
+def shared_server(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    server = _server_class(pytestconfig)(
+        tmp_path_factory.mktemp("shared") / "data", settings={"seal_bytes": 65_536}
+    )
     server.start()
     try:
         yield server

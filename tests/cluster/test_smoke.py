@@ -31,7 +31,7 @@ def progress(writers: list[Writer], operations: int, within_s: float = 90.0) -> 
 
 def test_a_killed_storage_node_costs_nothing_that_was_acknowledged(make_cluster) -> None:
     print(f"cluster test: seed {SEED}")
-    cluster: Cluster = make_cluster()
+    cluster: Cluster = make_cluster(settings={"coordinator": {"encoder_model": "none"}})
     with cluster.http() as http:
         create_collection(http)
     urls = [cluster.url("c1"), cluster.url("c2")]

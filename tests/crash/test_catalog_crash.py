@@ -11,6 +11,8 @@ import httpx
 import pytest
 from harness import Server, wait_until
 
+pytestmark = pytest.mark.one_machine("it kills one process")
+
 ROUNDS = 5
 BODY = {"vectors": {"size": 2, "distance": "Dot"}, "shard_number": 2}
 

@@ -20,6 +20,8 @@ from harness import Server, wait_until
 from ledger import Content, Ledger
 from writers import Writer, create_collection, read_all, verify
 
+pytestmark = pytest.mark.one_machine("it kills one process at its fault points")
+
 FAULT_POINTS = [
     "log.after_write",
     "log.after_fsync",

@@ -19,6 +19,8 @@ from harness import MakeServer, Server, run_shoal, wait_until
 from ledger import Content
 from writers import create_collection, read_all
 
+pytestmark = pytest.mark.one_machine("it damages the folder of one server")
+
 SEAL_BYTES = 65_536
 SETTLE_S_MAX = 60.0
 

@@ -21,6 +21,8 @@ from harness import MakeServer, Server
 from ledger import Content
 from writers import create_collection, read_all
 
+pytestmark = pytest.mark.one_machine("it fills the disk of one server")
+
 DISK_BYTES = 48 * 1024 * 1024
 
 

@@ -149,6 +149,7 @@ def test_readers_never_see_half_an_update(make_server: MakeServer, shards: int) 
     assert " sealed " in server.log(), "the run was too short to seal anything"
 
 
+@pytest.mark.one_machine("it looks into the folder of one server")
 def test_a_collection_made_again_is_empty(make_server: MakeServer) -> None:
     """The name is the same, the data is not: not in memory, and not after a restart."""
     server: Server = make_server(seal_bytes=65_536)

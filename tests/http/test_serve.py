@@ -11,6 +11,8 @@ import httpx
 import pytest
 from harness import run_shoal
 
+pytestmark = pytest.mark.one_machine("it is about `shoal serve`, its folder and its process")
+
 
 def test_a_port_that_is_taken(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from harness import MakeServer, Server, wait_until
 
+pytestmark = pytest.mark.one_machine("it is about the end of one process")
+
 
 class HalfSent:
     """A request whose body is still being sent while the server works on it: the server has asked
