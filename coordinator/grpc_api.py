@@ -111,6 +111,7 @@ class GrpcApi:
         try:
             bound = server.add_insecure_port(address)
         except RuntimeError:
+            await server.stop(None)
             raise StartupError(
                 f"Cannot listen on {host}, port {port}, for gRPC: another program has it, or it is "
                 "no address of this machine. Stop that program, or give another --grpc-port (0 "

@@ -348,6 +348,8 @@ def _add_texts(write: PointsWrite, column: points_pb2.TextColumn, fields: Vector
         raise BadRequest(
             f"Wrong input: number of ids and texts must be equal ({count} != {len(column.texts)})"
         )
+    if column.present and len(column.present) != (count + 7) // 8:
+        raise BadRequest(f"Wrong input: `present` of the texts does not fit {count} points")
     present = unpack_bits(column.present, count) if column.present else None
     points.dense[name] = DenseBlock(np.zeros((count, to.dim), np.float32), present)
     rows = range(count) if present is None else np.flatnonzero(present).tolist()

@@ -107,6 +107,7 @@ class Stream(Generic[Reply]):
     async def _read(self) -> None:
         # Nobody cancels a read that is under way, except with the call: gRPC would go on reading.
         try:
+            await self._context.send_initial_metadata(())  # the client may begin: it is let in
             while True:
                 body: Any = await self._context.read()
                 if body is grpc.aio.EOF:

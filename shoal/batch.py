@@ -207,7 +207,11 @@ def _mask_bytes(mask: Mask | None) -> bytes:
 
 
 def _mask_from(bits: bytes, count: int) -> Mask | None:
-    return unpack_bits(bits, count) if bits else None
+    if not bits:
+        return None
+    if len(bits) != (count + 7) // 8:
+        raise ValueError(f"a bitmap of {len(bits)} bytes does not fit {count} points")
+    return unpack_bits(bits, count)
 
 
 def _take_mask(mask: Mask | None, rows: NDArray[np.integer]) -> Mask | None:

@@ -151,6 +151,9 @@ class PointIds:
             flags = np.frombuffer(message.kinds, np.uint8).astype(np.bool_)
         else:
             flags = np.ones(len(pairs), np.bool_)
+        uuid_count = int(np.count_nonzero(flags))
+        if uuid_count != len(pairs) or len(flags) - uuid_count != len(ints):
+            raise ValueError(f"{len(ints)} numbers and {len(pairs)} UUIDs do not fit their kinds")
         lo, hi = np.empty(len(flags), np.uint64), np.zeros(len(flags), np.uint64)
         lo[~flags], lo[flags], hi[flags] = ints, pairs[:, 1], pairs[:, 0]
         return cls(lo, hi, flags)

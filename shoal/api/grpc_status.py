@@ -65,6 +65,8 @@ _TYPES: dict[str, type[ShoalError]] = {
 # What a status without a detail means: gRPC itself gave it, or something between client and server.
 _BARE: dict[grpc.StatusCode, type[ShoalError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.INTERNAL: errors.Unavailable,  # a connection that broke; bugs have a detail
+    grpc.StatusCode.UNKNOWN: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.TimedOut,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Busy,
     grpc.StatusCode.UNIMPLEMENTED: errors.NotSupported,
@@ -74,7 +76,7 @@ _BARE: dict[grpc.StatusCode, type[ShoalError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
 }
 _TOO_LARGE = "larger than max"  # how gRPC words it that a message is beyond the receiver's bound
-_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+_IN_DOUBT = (errors.Unavailable, errors.TimedOut)
 
 
 # -- an error -> what goes over the wire ----------------------------------------------------------
@@ -146,5 +148,5 @@ def error_of_status(
         return errors.BodyTooLarge(f"Payload too large: {message}: send several smaller requests")
     error = kind(message or f"the call ended with {code.name}")
     # A server of ours says so when it refuses. Without its word only these leave it open.
-    error.maybe_applied = may_have_happened and (code in _LOST or kind is ShoalError)
+    error.maybe_applied = may_have_happened and (kind in _IN_DOUBT or kind is ShoalError)
     return error

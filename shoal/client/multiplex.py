@@ -103,7 +103,10 @@ class Multiplex(Generic[Answer]):
     async def _send(self) -> None:
         # the stream has ended when a write fails: the receiver learns why
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            while True:
+            # A write into a stream that the server has refused hides the reason (grpc.aio makes it
+            # INTERNAL). The server sends its metadata as soon as it has let us in.
+            await self._call.initial_metadata()
+            while not self._call.done():
                 if not self._waiting:
                     self._wake.clear()
                     await self._wake.wait()
