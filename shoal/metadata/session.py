@@ -19,6 +19,7 @@ from shoal.metadata.contract import (
     Compare,
     Event,
     LeaseKeeper,
+    LeaseLost,
     MetadataStore,
     StoreRefused,
     Uncertain,
@@ -56,7 +57,9 @@ class Session:
         self._on_replaced = on_replaced
         self._keeper: LeaseKeeper | None = None
         self._revision = 0  # of the record as we put it
-        self._changed = asyncio.Event()  # somebody else touched the record
+        self._touched = 0  # the revision at which somebody else last touched it
+        self._changed = asyncio.Event()  # that was later than our put
+        self._held: list[int] = []  # leases that we have not given back
         self._one_at_a_time = asyncio.Lock()
         self._watched = Watched(store, [record.key], on_change=self._look)
         self._task: asyncio.Task[None] | None = None
@@ -79,10 +82,10 @@ class Session:
             task.cancel()
             await asyncio.wait([task])
         await self._watched.close()
-        lease, self.lease = self.lease, None
+        self.lease = None
         if self._keeper is not None:
             await self._keeper.close()
-        if lease is not None:
+        for lease in list(self._held):
             await self._give_back(lease)
 
     async def update(self, record: NodeRecord) -> None:
@@ -96,9 +99,13 @@ class Session:
         )
         async with self._one_at_a_time:
             self.record = record
-            if self.lease is None or not await self._put(self._revision, self.lease):
-                self._changed.set()
-                raise Unavailable(f"Node {record.id} is not registered at the moment.")
+            try:
+                if self.lease is not None and await self._put(self._revision, self.lease):
+                    return
+            except LeaseLost:
+                pass  # the keeper is about to say so, too
+            self._changed.set()
+            raise Unavailable(f"Node {record.id} is not registered at the moment.")
 
     def lost_for_s(self) -> float:
         """Seconds since the last keep-alive that the store answered was sent: about a third of
@@ -117,6 +124,7 @@ class Session:
             if event.key == self.record.key and event.revision > self._revision:
                 ours = event.value is not None and self._is_ours(event.value)
                 if not ours:
+                    self._touched = event.revision
                     self._changed.set()
 
     def _is_ours(self, value: bytes) -> bool:
@@ -158,27 +166,26 @@ class Session:
     async def _register(self, *, take: bool) -> None:
         """A new lease, and the record under it. take: whoever holds the record."""
         async with self._one_at_a_time:
-            old, silent_s = self.lease, self.lost_for_s()
+            silent_s = self.lost_for_s()
             self.lease = None
-            self._changed.clear()
             if self._keeper is not None:
                 await self._keeper.close()  # and goes on counting the silence
+            old = list(self._held)
             lease = await self._store.lease_grant(self._wanted_ttl_s)
+            self._held.append(lease.id)
             keeper = self._store.lease_keep(lease)
             try:
                 await self._take_record(lease.id, take=take)
             except BaseException:
                 await keeper.close()
-                await self._give_back(lease.id)
                 raise
             if self.replaced:
                 await keeper.close()
-                await self._give_back(lease.id)
-                return
-            self.lease, self.ttl_s, self._keeper = lease.id, lease.ttl_s, keeper
-        if old is not None:
-            await self._give_back(old)
-        if not take:
+            else:
+                self.lease, self.ttl_s, self._keeper = lease.id, lease.ttl_s, keeper
+        for useless in [*old, *([lease.id] if self.replaced else [])]:
+            await self._give_back(useless)
+        if not take and not self.replaced:
             _log.warning("registered_again", node=self.record.id, silent_s=silent_s)
 
     async def _take_record(self, lease: int, *, take: bool) -> None:
@@ -201,6 +208,8 @@ class Session:
             return False  # reading it again tells
         if result.ok:
             self._revision = result.revision
+            if self._touched < self._revision:
+                self._changed.clear()  # what woke us came before
         return result.ok
 
     def _stop(self, revision: int) -> None:
@@ -222,3 +231,4 @@ class Session:
                 await self._store.lease_revoke(lease)
         except (ShoalError, TimeoutError) as error:
             _log.info("lease_not_revoked", node=self.record.id, why=str(error) or "no answer")
+        self._held.remove(lease)
