@@ -1,8 +1,9 @@
-"""What must be in the environment before numpy and faiss are first imported.
+"""What must be in the environment before numpy, faiss and grpc are first imported.
 
 The OpenBLAS inside the faiss-cpu wheel is old and takes CPUs that it does not know for ones of
 2007: training is then four times slower. So it is told the kernels, unless the operator did that.
-OpenMP threads that wait must sleep, not spin: others need the core.
+OpenMP threads that wait must sleep, not spin: others need the core. gRPC would run handlers around
+the start of every child, which uses nothing of it, and write its own lines about lost connections.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ __all__ = ["core_type", "prepare_environment"]
 
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is not set yet. Too late, and without effect, once numpy or faiss is loaded."""
+    """Set what is not set yet. Too late, and without effect, once numpy, faiss or grpc is loaded."""
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if "OPENBLAS_CORETYPE" not in environ and platform.machine() in ("x86_64", "AMD64"):
         try:
             cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")

@@ -6,12 +6,8 @@ A peer that was frozen, or cut off, never closes its connection: pings find it. 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Children of a node are started by exec; the handlers of gRPC around fork would only slow that down.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 import grpc.aio

@@ -1,4 +1,4 @@
-"""What numpy and faiss find in the environment."""
+"""What numpy, faiss and grpc find in the environment."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def test_no_flags_no_guess():
 
 
 def test_what_the_operator_set_stays():
-    environ = {"OPENBLAS_CORETYPE": "Zen", "OMP_WAIT_POLICY": "ACTIVE"}
+    given = {"OPENBLAS_CORETYPE": "Zen", "OMP_WAIT_POLICY": "ACTIVE", "GRPC_VERBOSITY": "DEBUG"}
+    environ = dict(given)
     prepare_environment(environ)
-    assert environ == {"OPENBLAS_CORETYPE": "Zen", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert environ == given | {"GRPC_ENABLE_FORK_SUPPORT": "0"}
     environ = {}
     prepare_environment(environ)
     assert environ["OMP_WAIT_POLICY"] == "PASSIVE"
