@@ -13,7 +13,7 @@ NOT_ALONE := slow or cluster or docker or gpu or browser or compat
 TORCH := torch==2.13.0
 TORCH_FLAGS ?=
 
-.PHONY: help install demo serve test check test-slow test-compat test-browser bench proto format clean
+.PHONY: help install demo serve test check test-slow sim test-compat test-browser bench proto format clean
 .PHONY: cluster cluster-down cluster-status test-cluster test-on-cluster test-docker
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-cluster  real clusters on this machine, broken in every way; needs etcd"
 	@echo "make test-on-cluster   the tests of one server, against a cluster"
 	@echo "make test-docker   the image and the compose file; needs Docker"
+	@echo "make sim           the replication core in a simulated cluster, 5,000 seeds (SEEDS=)"
 	@echo "make test-compat   LangChain, LlamaIndex, Haystack and mem0 against a server"
 	@echo "make test-browser  the dashboard in Chromium"
 	@echo "make bench         the measurements of the README; hours on a small machine"
@@ -74,6 +75,10 @@ test-on-cluster: $(STAMP)
 
 test-docker: $(STAMP)
 	$(BIN)/python -m pytest -m docker
+
+SEEDS ?= 5000
+sim: $(STAMP)
+	$(BIN)/python -m tests.sim --seeds $(SEEDS)
 
 test-compat: $(STAMP)
 	$(PIP) install --quiet --editable '.[$(EXTRAS),compat]'

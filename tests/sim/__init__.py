@@ -1,0 +1,1 @@
+"""A seeded simulation of one replicated shard. `python -m tests.sim SEED` replays a run."""
