@@ -18,6 +18,7 @@ from benchmarks.harness import RESULTS, ROOT
 # name -> seconds it may take; most take a third of that. An hour or more together on two cores.
 BENCHMARKS = {
     "search_http": 900,
+    "search_grpc": 900,
     "recall": 900,
     "insert": 900,
     "filters": 900,

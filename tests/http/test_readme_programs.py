@@ -12,7 +12,7 @@ import pytest
 from harness import Server
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-ADDRESS = "http://localhost:6333"
+ADDRESS, GRPC_ADDRESS = "http://localhost:6333", "localhost:6334"
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 CURLS = re.findall(r"^```sh\n(curl .*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -26,13 +26,15 @@ def readme_server(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_the_readme_has_programs():
-    assert (len(PROGRAMS), len(CURLS)) == (2, 1)
-    assert all(ADDRESS in program for program in PROGRAMS)
+    assert (len(PROGRAMS), len(CURLS)) == (3, 1)
+    assert all(ADDRESS in program or GRPC_ADDRESS in program for program in PROGRAMS)
 
 
 def test_the_programs_run(readme_server):
     for program in PROGRAMS:
-        exec(compile(program.replace(ADDRESS, readme_server.url), "README.md", "exec"), {})
+        here = program.replace(ADDRESS, readme_server.url)
+        here = here.replace(GRPC_ADDRESS, readme_server.grpc)
+        exec(compile(here, "README.md", "exec"), {})
     if shutil.which("curl") is None:
         pytest.skip("the programs ran; there is no curl here for the last example")
     command = shlex.split(CURLS[0].replace("localhost:6333", readme_server.url))
