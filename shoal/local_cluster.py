@@ -64,7 +64,7 @@ class ProcessPlan:
     name: str
     role: str
     ports: tuple[int, ...]
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 class LocalProcess:
@@ -210,9 +210,8 @@ class LocalCluster:
     """The processes of one folder.
 
     layout     how many of each role, when the folder is new
-    settings   role -> settings, or "all" for every process of Shoal; when the folder is new
+    settings   role, or name of a process, or "all" -> settings; when the folder is new
     fixed      the coordinators listen on 6333 and 6334, 6343 and 6344, …; else on free ports
-    etcd       external etcd endpoints; then the layout's etcd is left out
     """
 
     def __init__(
@@ -323,8 +322,11 @@ def _make_plans(
             ports = tuple(next(free) for _ in range(2 if role in ("etcd", "coordinator") else 1))
             if role == "coordinator" and fixed:
                 ports = (HTTP_PORT + 10 * number, GRPC_PORT + 10 * number)
-            own = {} if role == "etcd" else {**settings.get("all", {}), **settings.get(role, {})}
-            plans.append(ProcessPlan(f"{_LETTER[role]}{number + 1}", role, ports, own))
+            process = f"{_LETTER[role]}{number + 1}"
+            own: dict[str, str] = {}
+            for key in ("all", role, process) if role != "etcd" else ():
+                own |= {name: str(value) for name, value in settings.get(key, {}).items()}
+            plans.append(ProcessPlan(process, role, ports, own))
     return plans
 
 

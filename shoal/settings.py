@@ -376,6 +376,14 @@ class ClusterSettings(BaseModel):
         "and for 0.0.0.0 the name of the machine.",
         min_length=1,
     )
+    advertise_grpc_port: int | None = _setting(
+        None,
+        right="a port from 1 to 65535",
+        about="The gRPC port that the others are told to connect to, where it is another one than "
+        "this process listens on: behind a proxy, or a mapped port.",
+        ge=1,
+        le=65535,
+    )
     node_lease_s: int = _setting(
         10,
         right="a whole number of seconds from 1 to 300",

@@ -88,7 +88,7 @@ class RoleProcess(Generic[S]):
             id=self.node_id,
             role=self.role,
             incarnation=self.incarnation,
-            grpc=address(host, grpc),
+            grpc=address(host, self.settings.advertise_grpc_port or grpc),
             http=http,
             zone=self.settings.zone,
         )
