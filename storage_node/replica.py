@@ -652,9 +652,7 @@ class Replica:
         return [self._append(to, entries, now), *self._pump(to, now)]
 
     def _is_ours(self, entry: Entry) -> bool:
-        if entry.sequence <= self.committed:
-            return True
-        return entry.sequence <= self.last and self.term_at(entry.sequence) == entry.term
+        return entry.sequence <= self.last and self.term_at(entry.sequence) in (entry.term, -1)
 
     def _send_away(self, node: str) -> list[Effect]:
         """Tell it to fetch files. Not while it is in sync: it may hold more than the files, which it
