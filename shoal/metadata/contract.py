@@ -173,7 +173,8 @@ class MetadataStore(Protocol):
         twice, in revision order. A list holds whole revisions: one is never split over two lists.
 
         Ends when the store is closed. Raises Compacted when the changes are no longer kept, at once
-        or later, when the caller read too slowly.
+        or later, when the caller read too slowly; or when the store is not at `from_revision` yet,
+        because it was restored from a backup.
         """
         ...
 

@@ -59,6 +59,10 @@ async def watch_forever(
                 if answer.header.cluster_id != cluster_id:
                     members.cluster_id = answer.header.cluster_id
                     raise Compacted("etcd was restored from a backup. Read anew, then watch.")
+                if answer.header.revision < after:
+                    # A store that was wiped and set up again has the same cluster id. (Or this
+                    # member lags behind: then reading anew, which waits for it, costs little.)
+                    raise Compacted(f"etcd is at a revision earlier than {after}. Read anew.")
                 events = [to_event(e) for e in answer.events if e.kv.mod_revision > after]
                 if events:
                     after = events[-1].revision

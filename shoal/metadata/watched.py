@@ -22,6 +22,7 @@ from shoal.telemetry import logger
 __all__ = ["Watched"]
 
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.1, 3.0
+_COMPACTED_S = 0.02  # a member that lags may say it a few times in a row
 
 _log = logger("metadata")
 
@@ -92,6 +93,7 @@ class Watched:
                 return  # the store is closed
             except Compacted:
                 again = True
+                await asyncio.sleep(_COMPACTED_S)
             except ShoalError as error:
                 if self.failing is None:
                     level = _log.error if isinstance(error, StoreRefused) else _log.warning

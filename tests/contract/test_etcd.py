@@ -295,6 +295,15 @@ def test_compaction_during_a_watch_is_an_ordinary_thing(tmp_path):
         run(main)
 
 
+def test_a_store_that_went_back_is_noticed(etcd):
+    async def main() -> None:
+        async with opened(etcd) as store:
+            with pytest.raises(Compacted, match="earlier"):
+                await anext(store.watch("", 10**9))
+
+    run(main)
+
+
 # -- opening ---------------------------------------------------------------------------------------
 
 
@@ -488,10 +497,11 @@ def test_a_long_pause_of_etcd_is_visible_and_survived(tmp_path):
             await session.start()
             await watched.start()
             etcd.freeze(0)
-            reading = asyncio.ensure_future(store.get("a"))
             await until(lambda: session.healthy_for_s() == 0 and session.lost_for_s() > 3)
+            patient, store._members.call = store._members.call, _impatient(store._members.call)
             with pytest.raises(Unavailable, match="Nothing was changed"):
-                await reading
+                await store.get("a")
+            store._members.call = patient
             etcd.thaw(0)
             await until(lambda: session.healthy_for_s() > 0 and session.lost_for_s() < 1)
             await until(lambda: "nodes/s1" in watched.entries)
