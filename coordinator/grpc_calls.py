@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -22,6 +22,7 @@ from coordinator.grpc_render import (
     render_scroll,
 )
 from coordinator.requests import AnyWrite
+from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
 from shoal.errors import BadRequest, NotFound
 from shoal.limits import GRPC_STREAM_SEARCHES_MAX, MIB
@@ -32,6 +33,27 @@ __all__ = ["CALLS", "UnaryCall", "search", "upsert"]
 
 # As for HTTP: larger batches are read in another thread, so that searches get a turn in between.
 _PARSE_INLINE_BYTES_MAX = 4 * MIB
+
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
+Function = Callable[[Coordinator, Q], Awaitable[A]]
+
+
+def _of_collection(function: Function[Q, A]) -> Function[Q, A]:
+    """Once more when the collection was another one by the time that its shards were asked."""
+
+    @wraps(function)
+    async def call(coordinator: Coordinator, request: Q) -> A:
+        try:
+            return await function(coordinator, request)
+        except ShardGone as gone:
+            name = request.collection  # type: ignore[attr-defined]
+            if not await coordinator.catalog.replaced(name, gone):
+                raise
+        return await function(coordinator, request)
+
+    return call
 
 
 # -- collections ----------------------------------------------------------------------------------
@@ -74,6 +96,7 @@ async def _exists(
 
 
 # -- points: reads --------------------------------------------------------------------------------
+@_of_collection
 async def search(
     coordinator: Coordinator, request: points_pb2.SearchRequest
 ) -> points_pb2.SearchResponse:
@@ -101,6 +124,7 @@ async def _search_batch(
     return answer
 
 
+@_of_collection
 async def _scroll(
     coordinator: Coordinator, request: points_pb2.ScrollRequest
 ) -> points_pb2.ScrollResponse:
@@ -109,6 +133,7 @@ async def _scroll(
     return render_scroll(*await coordinator.scroll(collection, query, read))
 
 
+@_of_collection
 async def _retrieve(
     coordinator: Coordinator, request: points_pb2.RetrieveRequest
 ) -> points_pb2.RetrieveResponse:
@@ -117,6 +142,7 @@ async def _retrieve(
     return render_retrieved(await coordinator.retrieve(collection, wanted, read))
 
 
+@_of_collection
 async def _count(
     coordinator: Coordinator, request: points_pb2.CountRequest
 ) -> points_pb2.CountResponse:
@@ -146,7 +172,7 @@ async def _write(
     )
 
 
-upsert = partial(_write, parse.upsert)
+upsert = _of_collection(partial(_write, parse.upsert))
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -160,7 +186,7 @@ class UnaryCall:
 
 
 def _writes(request: type[Message], read: Callable[[Any, VectorFields], AnyWrite]) -> UnaryCall:
-    return UnaryCall(request, partial(_write, read), writes=True)
+    return UnaryCall(request, _of_collection(partial(_write, read)), writes=True)
 
 
 CALLS: dict[str, UnaryCall] = {

@@ -62,6 +62,7 @@ _TYPES: dict[str, type[ShoalError]] = {
     for name in errors.__all__
     if isinstance(kind := getattr(errors, name), type) and issubclass(kind, ShoalError)
 }
+_KNOWN = frozenset(_TYPES.values())
 # What a status without a detail means: gRPC itself gave it, or something between client and server.
 _BARE: dict[grpc.StatusCode, type[ShoalError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
@@ -93,7 +94,8 @@ def detail_of(error: ShoalError) -> pb.ErrorDetail:
     if len(message) > GRPC_ERROR_BYTES_MAX or len(message.encode()) > GRPC_ERROR_BYTES_MAX:
         message = message.encode()[:GRPC_ERROR_BYTES_MAX].decode(errors="ignore") + "…"
     return pb.ErrorDetail(
-        name=type(error).__name__,
+        # of a type that only one part of Shoal knows: what it is to everybody
+        name=next(kind.__name__ for kind in type(error).__mro__ if kind in _KNOWN),
         message=message,
         retryable=error.retryable,
         maybe_applied=error.maybe_applied,

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from coordinator import grpc_api
 from coordinator.grpc_api import GrpcApi
 from coordinator.grpc_calls import CALLS
+from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
 from shoal.api.grpc_status import DETAILS_KEY, unpack_details
 from shoal.errors import StartupError, StorageFull
@@ -39,8 +40,14 @@ class SlowStorage(FakeStorage):
     def __init__(self) -> None:
         super().__init__()
         self.gate = asyncio.Event()
+        self.gone: set[ShardKey] = set()
         self.waiting = 0
         self.cancelled = 0
+
+    def _shard(self, key: ShardKey) -> Any:
+        if key in self.gone:
+            raise ShardGone(key)
+        return super()._shard(key)
 
     async def search(self, shard: ShardKey, query: Search, *more: Any) -> Hits:
         if query.limit == 13:
@@ -286,6 +293,38 @@ def test_too_much_at_once_is_refused(tmp_path, monkeypatch, bound):
         await stream.write(items((2, search())))
         assert ids_of((await stream.read()).items[0].result) == [3, 2, 1]
         stream.cancel()
+
+    run(tmp_path, test)
+
+
+def test_a_collection_that_was_made_anew_meanwhile(tmp_path):
+    """By another coordinator: this one hears of it when the shards that it knows are gone."""
+
+    async def test(world: World) -> None:
+        await world.with_points()
+        catalog = world.api._coordinator.catalog
+        old = catalog.get("c")
+        await catalog.delete("c")
+        await world.with_points()
+        new = catalog.get("c")
+        assert old.record.id != new.record.id
+        for method, request in (
+            ("Points/Search", search()),
+            ("Points/Upsert", upsert(9)),
+            ("Points/Count", points_pb2.CountRequest(collection="c")),
+        ):
+            catalog._collections["c"] = old
+            world.storage.gone = {old.shards[0]}
+            await world.call(method, request)
+        catalog._collections["c"] = old
+        stream = world.stream()
+        await stream.write(items((1, search())))
+        assert ids_of((await stream.read()).items[0].result) == [9, 3, 2]
+        stream.cancel()
+        await catalog.delete("c")
+        catalog._collections["c"] = old
+        refused = await world.refused("Points/Search", search())
+        assert (refused.code, refused.detail.name) == (grpc.StatusCode.NOT_FOUND, "NotFound")
 
     run(tmp_path, test)
 

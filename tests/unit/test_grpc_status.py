@@ -44,6 +44,14 @@ def test_every_error_comes_back_as_itself(kind, maybe_applied):
     )
 
 
+def test_an_error_that_only_one_part_knows_is_what_it_is_to_everybody():
+    class ShardGone(errors.NotFound):
+        pass
+
+    back = error_of(detail_of(ShardGone("x")))
+    assert type(back) is errors.NotFound
+
+
 def test_when_to_come_back():
     back = error_of(detail_of(Busy("x", retry_after_s=3.5)))
     assert isinstance(back, Busy)
