@@ -415,6 +415,12 @@ class Replica:
             default=float("inf"),
         )
 
+    @property
+    def inherited(self) -> int:
+        """Primary: the last entry of the terms before its own. Strong reads, and writes that ask
+        about what is there, must wait until it is applied: an earlier primary answered for it."""
+        return self._inherited
+
     def match_of(self, node: str) -> int | None:
         """Primary: up to where that member holds the log, as far as known."""
         peer = self._peers.get(node)
