@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     StrictBool,
     Tag,
     model_validator,
@@ -237,7 +238,12 @@ def _aware(value: Any) -> Any:
     return midnight(value) if isinstance(value, date) else value
 
 
-Moment = Annotated[datetime, BeforeValidator(_aware, json_schema_input_type=str)]
+Moment = Annotated[
+    datetime,
+    BeforeValidator(_aware, json_schema_input_type=str),
+    # Pydantic's own way of writing it drops the seconds of an offset, and so names another moment.
+    PlainSerializer(datetime.isoformat, str, when_used="json"),
+]
 
 
 class DatetimeRange(Node):

@@ -168,6 +168,7 @@ FILTERS = st.recursive(LEAF, trees, max_leaves=8).map(
 @example({})
 @example({"must": []})
 @example({"must": [{}]})
+@example({"must": {"key": "t", "range": {"gt": "1913-01-01T00:00:00-00:30:20"}}})
 @example({"must": {"key": "t", "range": {"gt": "0001-01-01T00:00:00+23:59"}}})
 def test_a_filter_comes_back_the_same(tree):
     meant = parse_filter(tree)
