@@ -126,7 +126,7 @@ class Shard:
             lanes,
             self._log,
             propose=lambda entry: self._enqueue(entry, 0),
-            may_propose=lambda: self._replication is not None and self._replication.is_primary,
+            may_propose=self._may_propose,
         )
         self._replication: Replication | None = None
         self._queue: deque[_Pending] = deque()
@@ -272,6 +272,11 @@ class Shard:
             info=self.info(),
             metadata_lost_s=metadata_lost_s,
         )
+
+    def _may_propose(self) -> bool:
+        """Not before everything inherited is applied: it may name segment ids that look free."""
+        replication = self._replication
+        return replication is not None and replication.refusal() is None and not self._to_apply
 
     def _writable(self) -> bool:
         try:
@@ -474,8 +479,7 @@ class Shard:
             await self._applied.wait()
 
     async def _seal_if_full(self) -> None:
-        assert self._replication is not None
-        if not self._replication.is_primary:
+        if not self._may_propose():
             return
         seal = self._upkeep.seal_due()
         if seal is None:
