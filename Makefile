@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 TORCH_FLAGS ?=
 
 .PHONY: help install demo serve test check test-slow sim test-compat test-browser bench proto format clean
-.PHONY: cluster cluster-down cluster-status test-cluster test-on-cluster test-docker
+.PHONY: cluster cluster-down cluster-status test-cluster test-on-cluster test-docker load
 
 help:
 	@echo "make demo          index real text, ask it questions, leave the server running"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-compat   LangChain, LlamaIndex, Haystack and mem0 against a server"
 	@echo "make test-browser  the dashboard in Chromium"
 	@echo "make bench         the measurements of the README; hours on a small machine"
+	@echo "make load          latency against offered rate on a cluster of its own, 5 minutes (LOAD=--quick)"
 	@echo "make install       only set up .venv"
 	@echo "make clean         remove what was built; data folders stay"
 
@@ -99,6 +100,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+load: $(STAMP)
+	$(BIN)/python tests/load $(LOAD)
 
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. $$(find proto -name '*.proto')
