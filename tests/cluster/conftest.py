@@ -27,6 +27,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 
 
 @pytest.fixture
+def note_cluster(request: pytest.FixtureRequest) -> Callable[[Cluster], None]:
+    """note_cluster(cluster): print the ends of its logs if this test fails."""
+    return request.node.stash.setdefault(_CLUSTERS, []).append
+
+
+@pytest.fixture
 def make_cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeCluster]:
     """make_cluster(layout=…, settings=…) -> Cluster, started."""
     made = request.node.stash.setdefault(_CLUSTERS, [])

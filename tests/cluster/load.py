@@ -98,9 +98,13 @@ class _Client:
         self.failure: str | None = None
         self.errors: dict[str, int] = {}  # what clients were told, and how often
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread()
 
     def start(self) -> None:
+        """May be called again after `stop`."""
+        self._stop.clear()
+        self.gaps = Gaps()
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
