@@ -31,6 +31,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A machine that froze or went away sends no sign of it: ask, and give it up after 15 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.bdp_probe", 0),  # while such a probe is unanswered, no ping leaves
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Own connections: two clients of one process do not share a broken one.
