@@ -100,11 +100,6 @@ BUGS = (
         "if self._needs_term:",
     ),
     bug(
-        "a restarted replica listens before it read the record",
-        "if self.config is None or self._fetching:",
-        "if self._fetching:",
-    ),
-    bug(
         "an older term is listened to",
         "        if message.term < self.term:\n",
         "        if message.term < self.term and not self._primary:\n"
@@ -199,21 +194,9 @@ BUGS = (
         "",
     ),
     bug(
-        "what was read from the log in an earlier term is sent",
-        "if not all(self._is_ours(entry) for entry in entries):",
-        "if not entries:",
-    ),
-    bug(
         "a write that a Cut overtook counts as durable",
         "            earlier.upto = min(earlier.upto, after)\n",
         "            continue\n",
-    ),
-    bug(
-        "answers from before a replica left count after it came back",
-        "if message.echo < peer.since:",
-        "if message.echo < 0:",
-        "if node not in self._peers or node in self.config.joining:",
-        "if node not in self._peers:",
     ),
 )
 

@@ -483,6 +483,9 @@ class World:
             return
         if dice.loss and rng.random() < dice.loss:
             return
+        if dice.duplication and message.__class__.__name__ == "NeedFiles":
+            late = 15.0 * rng.random()  # a copy, when its time is long over: the worst one to obey
+            self.at(late, self.nodes[to], self.deliver, to, node.name, message)
         for _ in range(2 if dice.duplication and rng.random() < dice.duplication else 1):
             delay = dice.delay_s * (0.5 + rng.random())
             if dice.straggler and rng.random() < dice.straggler:
@@ -594,7 +597,7 @@ class World:
     def fetch(self, node: Node, replica: Any, source: str) -> None:
         rng = self.rng
         self.tell(f"{node.name} fetches files of {source}")
-        took = 0.1 + (rng.choice((0.1, 1.0, 8.0)) * rng.random() if self.faulty else 0.1)
+        took = 0.1 + (rng.choice((0.1, 1.0, 5.0, 20.0)) * rng.random() if self.faulty else 0.1)
         checkpoint = self.nodes[source].disk
         log, upto = checkpoint.log[: checkpoint.checkpoint], checkpoint.checkpoint
         good = self.nodes[source].running and not (self.faulty and rng.random() < 0.2)
