@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,7 +136,9 @@ _PRECEDENCE = "Flags win over SHOAL_ variables, variables over the settings file
 
 
 def _process_settings(name: str, about: str, process: type[P], arguments: list[str]) -> P:
-    """What the command of a process was told."""
+    """What the command of a process was told. From here on SIGTERM ends the process, also as the first
+    one of a container, where it would be ignored until the process serves and takes it over."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     parser = Parser(f"shoal {name}", f"{about}\n{_PRECEDENCE}")
     _add_settings(parser, process)
     settings = _load_settings(parser.parse_args(arguments), process).settings

@@ -73,17 +73,27 @@ class Cluster(LocalCluster):
         arguments.setdefault("timeout", 60.0)
         return httpx.Client(base_url=self.url(coordinator), trust_env=False, **arguments)
 
-    def replicas(self, collection: str) -> list[dict[str, Any]]:
-        """One entry for each replica: shard_id, peer_id, state ("Active" when it is in sync)."""
-        with self.http() as http:
-            answer = http.get(f"/collections/{collection}/cluster")
+    def report(self, coordinator: str = "c1") -> dict[str, Any]:
+        """Shoal's own view of the whole cluster."""
+        with self.http(coordinator, timeout=10.0) as http:
+            answer = http.get("/shoal/v1/cluster")
             answer.raise_for_status()
-            result = answer.json()["result"]
-        return [*result["local_shards"], *result["remote_shards"]]
+            result: dict[str, Any] = answer.json()["result"]
+            return result
+
+    def shards(self, collection: str) -> list[dict[str, Any]]:
+        """Each with term, primary, in_sync, joining, leaving, replicas."""
+        collections = {c["name"]: c for c in self.report()["collections"]}
+        shards: list[dict[str, Any]] = collections[collection]["shards"]
+        return shards
 
     def active(self, collection: str) -> int:
-        """Replicas in sync."""
-        return sum(replica["state"] == "Active" for replica in self.replicas(collection))
+        """Replicas in sync whose node lives, of all shards together."""
+        return sum(
+            replica["part"] == "in_sync" and not replica["lost"]
+            for shard in self.shards(collection)
+            for replica in shard["replicas"]
+        )
 
     def wait_active(self, collection: str, count: int, *, within_s: float = HEAL_S_MAX) -> float:
         """Wait until so many replicas are in sync; the seconds that took."""

@@ -144,7 +144,7 @@ def test_a_killed_node_is_survived_and_comes_back(compose: Compose) -> None:
         found = other.query_points("films", query=[1.0, 0.0], limit=3).points
         assert [point.id for point in found] == [999, 998, 997]
         assert client.count("films", exact=True).count == 1000
-        compose("start", "s2")
+        compose("start", "s2")  # and the next test stops it while it starts
     finally:
         client.close()
         other.close()
