@@ -50,6 +50,7 @@ PURE = (
     "coordinator/render.py",
     "coordinator/routing.py",
     "encoder/batching.py",
+    "index_node/jobs.py",
     "monitor/failover.py",
     "monitor/health.py",
     "monitor/view.py",
@@ -57,6 +58,9 @@ PURE = (
     "shoal/rpc/codec.py",
     "shoal/placement.py",
     "storage_node/planner.py",
+    "storage_node/replica.py",
+    "storage_node/replica_types.py",
+    "storage_node/replica_wire.py",
     "storage_node/row_filter.py",
 )
 IMPURE_MODULES = {
