@@ -171,7 +171,7 @@ class Replica:
         self._granted_until = now if fresh else now + self.timing.lease_s * (1 + CLOCK_DRIFT)
         self._fetching = False  # our part is over, see FetchFiles
         self._inherited = 0  # primary: `last` when its term began
-        self._shown = 0  # primary: the last entry that it ever sent to anybody
+        self._shown = 0  # primary: the last entry that anybody else may have
         self._peers: dict[str, _Peer] = {}
         self._proposal: Config | None = None
         self._tickets: deque[_OnDisk] = deque()
@@ -287,6 +287,9 @@ class Replica:
             return effects + self._propose(replace(config, term=config.term + 1))
         self._primary, self._fresh = True, False
         self._inherited = self.last
+        # Others have what we inherited, and what they hold is counted by its number: if our disk
+        # does not take it, these numbers cannot be given to other entries in this term.
+        self._shown = max(self._shown, self.last)
         return effects + self._members_changed(now)
 
     def _resign(self) -> list[Effect]:
@@ -372,7 +375,6 @@ class Replica:
         self.last = min(self.last, after)
         self.durable = min(self.durable, after)
         self._verified = min(self._verified, after)
-        self._inherited = min(self._inherited, after)  # what is gone need not be committed
 
     def _on_persisted(self, ticket: int, now: float) -> list[Effect]:
         while self._tickets and self._tickets[0].ticket <= ticket:

@@ -169,6 +169,11 @@ BUGS = (
         "if kept >= 0:",
     ),
     bug(
+        "… or forgets that others have what it inherited",
+        "        self._shown = max(self._shown, self.last)\n",
+        "",
+    ),
+    bug(
         "writes without an answer are called lost",
         "return [Abandon(self.committed)] if",
         "return [Abandon(self.committed, lost=True)] if",

@@ -539,6 +539,27 @@ def test_a_primary_without_space_for_what_others_have_takes_a_new_term(shard):
     assert shard.logs() == [[(2, b"2")]] * 3
 
 
+def test_a_new_primary_without_space_for_what_it_inherited_takes_a_new_term(shard):
+    """The others have it under the numbers that the next writes would get."""
+    shard.slow = {"b"}
+    shard.write("a", b"1")
+    shard.settle()
+    shard.away = {"a"}
+    shard.change(term=2, primary="b", in_sync={"b", "c"})
+    shard.tell("b")
+    shard.settle()
+    assert shard.replicas["b"].match_of("c") == 1
+    shard.full = {"b"}
+    shard.wake("b")
+    shard.settle()
+    assert (shard.record.term, shard.record.primary) == (3, "b")
+    shard.full = set()
+    shard.wait(GRANT_S + 1)
+    shard.write("b", b"2")
+    shard.wait(1)
+    assert shard.logs()[1:] == [[(3, b"2")]] * 2
+
+
 def test_a_secondary_without_space_gets_it_again_or_leaves_the_set(shard):
     shard.full = {"b"}
     shard.write("a", b"1")
