@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f" Did you mean `shoal {close[0]}`?" if close else " `shoal --help` lists them."
         return _refuse(f"There is no command {name!r}.{hint}")
+    if argv is None and name in _SERVING:  # we are the program, and not called by one
+        # Until it serves, SIGTERM ends it at once: also as the first process of a container, where
+        # a signal that nobody has asked for does nothing.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from shoal.errors import ShoalError, StartupError
 
     try:
@@ -136,9 +140,7 @@ _PRECEDENCE = "Flags win over SHOAL_ variables, variables over the settings file
 
 
 def _process_settings(name: str, about: str, process: type[P], arguments: list[str]) -> P:
-    """What the command of a process was told. From here on SIGTERM ends the process, also as the first
-    one of a container, where it would be ignored until the process serves and takes it over."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    """What the command of a process was told."""
     parser = Parser(f"shoal {name}", f"{about}\n{_PRECEDENCE}")
     _add_settings(parser, process)
     settings = _load_settings(parser.parse_args(arguments), process).settings
@@ -303,3 +305,4 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "health": ("ask a process on this machine whether it is ready", _health),
     "version": ("print the version", _version),
 }
+_SERVING = ("serve", "coordinator", "storage-node", "index-node", "monitor")
