@@ -1,6 +1,7 @@
 """The collections: what there is, and how one comes and goes without a crash leaving half of it.
 
-    create   txn: record (creating) + shard records + next id   nobody may use it yet
+    create   txn: next id                                       ours alone, also if never used
+             txn: record (creating) + shard records             nobody may use it yet
              storage: create every shard on every node of its record
              txn: record (active)                               now it exists
     delete   txn: remove the records                            now it is gone
@@ -9,7 +10,11 @@
 Every coordinator follows the records by a watch. All changes are one compare-and-swap on the revision
 that was read, so several coordinators may change the same collection; a lock per catalog only spares
 them from meeting. Because of that guard a transaction that may have happened can be settled: look,
-and try again under the same guard; it takes effect once.
+and try again under the same guard; it takes effect once. When that fails too, the error says that the
+change may have happened.
+
+What was heard may be old, so a change begins with a look at the store: a name that another
+coordinator has freed can be taken at once.
 
 A creation that died half-way is removed by any coordinator that has seen it unchanged for
 `CREATING_S_MAX`, longer than any creation may take. One machine alone removes it at its start.
@@ -20,7 +25,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import JsonValue
 
@@ -32,6 +37,7 @@ from shoal.errors import (
     BadRequest,
     Busy,
     FormatTooNew,
+    InvariantError,
     NotFound,
     ShoalError,
     Unavailable,
@@ -123,9 +129,11 @@ class Catalog:
     async def load(self) -> None:
         """Read all records, then follow them."""
         await self._watched.start()
+        if self._local_node is None:
+            return
         for entry in list(self._watched.entries.values()):
             record = CollectionRecord.from_bytes(entry.key, entry.value)
-            if self._local_node is not None and record.state is CollectionState.CREATING:
+            if record.state is CollectionState.CREATING:
                 await self._remove_unfinished(record, entry.revision)
 
     async def close(self) -> None:
@@ -179,10 +187,11 @@ class Catalog:
 
     async def _read(self, name: str) -> KeyValue | None:
         """The record as of now, also taken over here."""
+        known = self._collections.get(name)  # the watch may tell of a later one meanwhile
         entry = await self._store.get(collection_key(name))
         if entry is not None:
             self._learn(CollectionRecord.from_bytes(entry.key, entry.value), entry.revision)
-        elif (known := self._collections.get(name)) is not None:
+        elif known is not None:
             self._unlearn(name, known.revision)
         return entry
 
@@ -197,8 +206,8 @@ class Catalog:
                 continue
             try:
                 record = CollectionRecord.from_bytes(event.key, event.value)
-            except FormatTooNew as error:
-                _log.error("collection_not_read", collection=name, error=None, why=error.message)
+            except (FormatTooNew, InvariantError) as error:  # the others are none the worse
+                _log.error("collection_not_read", collection=name, why=str(error))
                 continue
             self._learn(record, event.revision)
 
@@ -215,14 +224,13 @@ class Catalog:
             return
         self._collections.pop(name, None)
         if self._local_node is None:
-            self._unfinished[name] = asyncio.get_running_loop().call_later(
-                CREATING_S_MAX, self._give_up, record, revision
-            )
+            self._wait_for_end(record, revision)
 
     def _unlearn(self, name: str, revision: int) -> None:
         known = self._collections.get(name)
-        if known is not None and known.revision <= revision:
-            del self._collections[name]
+        if known is not None and known.revision > revision:
+            return
+        self._collections.pop(name, None)
         self._settle(name)
 
     def _settle(self, name: str) -> None:
@@ -230,13 +238,21 @@ class Catalog:
         if timer is not None:
             timer.cancel()
 
+    def _wait_for_end(self, record: CollectionRecord, revision: int) -> None:
+        self._unfinished[record.name] = asyncio.get_running_loop().call_later(
+            CREATING_S_MAX, self._give_up, record, revision
+        )
+
     def _give_up(self, record: CollectionRecord, revision: int) -> None:
-        del self._unfinished[record.name]
+        # Again after as long, until something is heard of it: the store may be away just now.
+        self._wait_for_end(record, revision)
         self._begin(self._remove_unfinished(record, revision))
 
     async def _remove_unfinished(self, record: CollectionRecord, revision: int) -> None:
         """Its creator died, or will find that it is too late."""
-        if (await self._store.txn(*_removal(record, revision))).ok:
+        done = await self._store.txn(*_removal(record, revision))
+        if done.ok:
+            self._unlearn(record.name, done.revision)
             _log.warning("unfinished_creation_removed", collection=record.name)
             if self._local_node is None:  # at its start a node removes what no record names
                 await self._drop(record.shards())
@@ -278,7 +294,7 @@ class Catalog:
 
     async def _create(self, name: str, request: CreateCollection) -> None:
         async with self._lock:
-            if name in self._collections:
+            if await self._read(name) is not None:
                 raise _already_exists(name)
             if len(self._collections) >= COLLECTIONS_MAX:
                 raise BadRequest(
@@ -286,12 +302,11 @@ class Catalog:
                     "server holds: delete one, or keep tenants apart by a payload field"
                 )
             record, revision = await self._reserve(name, request)
-            active = record.model_copy(update={"state": CollectionState.ACTIVE})
             try:
                 async with asyncio.timeout(CREATE_S_MAX):
                     specs = [shard_spec(record, key.shard) for key in record.shards()]
                     await _together([self._storage.create_shard(spec) for spec in specs])
-                done = await self._swap(record, revision, lambda _: active)
+                await self._swap(record, revision, _activated)
             except TimeoutError:
                 await self._undo(record, revision)
                 raise Unavailable(
@@ -301,40 +316,44 @@ class Catalog:
             except BaseException:
                 await self._undo(record, revision)
                 raise
-            self._learn(active, done)
 
     async def _delete(self, name: str) -> bool:
         async with self._lock:
-            for _ in range(_TXN_ATTEMPTS_MAX):
-                entry = await self._read(name)
-                if entry is None:
-                    return False
-                record = CollectionRecord.from_bytes(entry.key, entry.value)
-                if record.state is CollectionState.CREATING:
-                    return False  # nobody was told that it exists
-                if await self._remove(record, entry.revision):
-                    await self._drop(record.shards())
-                    return True
-        raise _changed_by_others(name)
+            removing: CollectionRecord | None = None  # by a transaction that was not answered
+            with _Doubt(name) as doubt:
+                for _ in range(_TXN_ATTEMPTS_MAX):
+                    entry = await self._read(name)
+                    if removing is not None and (entry is None or _id_of(entry) != removing.id):
+                        await self._drop(removing.shards())  # it happened, perhaps late
+                        return True
+                    if entry is None:
+                        return False
+                    record = CollectionRecord.from_bytes(entry.key, entry.value)
+                    if record.state is CollectionState.CREATING:
+                        return False  # nobody was told that it exists
+                    try:
+                        if await self._remove(record, entry.revision):
+                            await self._drop(record.shards())
+                            return True
+                    except Uncertain:
+                        removing, doubt.justified = record, True
+                raise _changed_by_others(name)
 
     async def _remove(self, record: CollectionRecord, revision: int) -> bool:
-        """False: somebody else was first with another change."""
-        try:
-            done = await self._store.txn(*_removal(record, revision))
-        except Uncertain:
-            entry = await self._store.get(record.key)
-            if entry is not None and _id_of(entry) == record.id:
-                return False
-            self._unlearn(record.name, revision)
-            return True
+        """False: somebody else was first with another change. Raises Uncertain."""
+        done = await self._store.txn(*_removal(record, revision))
         if done.ok:
             self._unlearn(record.name, done.revision)
             self._gone[record.name] = done.revision
         return done.ok
 
     async def _drop(self, shards: Iterable[ShardKey]) -> None:
-        for key in shards:
-            await self._storage.drop_shard(key)
+        """Their records are gone, and so are they for everybody: what fails here is made up for by
+        the nodes, which hear of it by themselves."""
+        try:
+            await _together([self._storage.drop_shard(key) for key in shards])
+        except ShoalError as error:
+            _log.warning("shards_not_dropped", why=error.message)
 
     async def _set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         def changed(record: CollectionRecord) -> CollectionRecord | None:
@@ -347,7 +366,8 @@ class Catalog:
             return record.model_copy(update={"payload_schema": schema})
 
         async with self._lock:
-            found = await self.find(name)
+            await self._read(name)
+            found = self.get(name)
             await self._swap(found.record, found.revision, changed)
 
     async def _swap(
@@ -355,50 +375,58 @@ class Catalog:
         record: CollectionRecord,
         revision: int,
         change: Callable[[CollectionRecord], CollectionRecord | None],
-    ) -> int:
+    ) -> None:
         """Change a record, again on what others made of it meanwhile. None: no change is needed.
-        Returns its revision now. Raises NotFound when it was deleted, Busy."""
+        Raises NotFound when it was deleted, Busy."""
         name = record.name
-        for _ in range(_TXN_ATTEMPTS_MAX):
-            wanted = change(record)
-            if wanted is None or (wanted == record):
-                return revision
-            try:
-                done = await self._store.txn(
-                    [Compare(record.key, revision)], {record.key: wanted.to_bytes()}
+        with _Doubt(name) as doubt:
+            for _ in range(_TXN_ATTEMPTS_MAX):
+                wanted = change(record)
+                if wanted is None or (wanted == record):
+                    return
+                guard, put = Compare(record.key, revision), {record.key: wanted.to_bytes()}
+                try:
+                    done = await self._store.txn([guard], put)
+                except Uncertain:
+                    doubt.justified = True  # a second try under the same guard cannot double it
+                else:
+                    if done.ok:
+                        self._learn(wanted, done.revision)
+                        return
+                entry = await self._read(name)
+                if entry is None or _id_of(entry) != record.id:
+                    raise NotFound(f"Not found: Collection `{name}` was deleted meanwhile!")
+                record, revision = (
+                    CollectionRecord.from_bytes(entry.key, entry.value),
+                    entry.revision,
                 )
-            except Uncertain:
-                pass  # looked at below; a second try under the same guard cannot double it
-            else:
-                if done.ok:
-                    self._learn(wanted, done.revision)
-                    return done.revision
-            entry = await self._read(name)
-            if entry is None or _id_of(entry) != record.id:
-                raise NotFound(f"Not found: Collection `{name}` was deleted meanwhile!")
-            record, revision = CollectionRecord.from_bytes(entry.key, entry.value), entry.revision
-        raise _changed_by_others(name)
+            raise _changed_by_others(name)
 
-    async def _reserve(self, name: str, request: CreateCollection) -> tuple[CollectionRecord, int]:
-        """Take an id, the name and the nodes, in one transaction. Returns the record and its
-        revision."""
+    async def _new_id(self) -> int:
+        """For one collection, ever. In a transaction of its own: were it taken together with the
+        name, a record with our id could also be that of another who read the same next id."""
         for _ in range(_TXN_ATTEMPTS_MAX):
             current = await self._store.get(COLLECTION_ID_KEY)
             ids = IdRecord() if current is None else IdRecord.from_bytes(current.key, current.value)
-            record, shards = await self._planned(ids.next_id, name, request)
-            puts = {
-                record.key: record.to_bytes(),
-                COLLECTION_ID_KEY: IdRecord(next_id=ids.next_id + 1).to_bytes(),
-                **{shard.key: shard.to_bytes() for shard in shards},
-            }
-            compares = [
-                Compare(record.key, 0),
-                Compare(COLLECTION_ID_KEY, 0 if current is None else current.revision),
-            ]
+            taken = {COLLECTION_ID_KEY: IdRecord(next_id=ids.next_id + 1).to_bytes()}
+            guard = Compare(COLLECTION_ID_KEY, 0 if current is None else current.revision)
             try:
-                done = await self._store.txn(compares, puts)
+                if (await self._store.txn([guard], taken)).ok:
+                    return ids.next_id
             except Uncertain:
-                pass  # ids are given once: a record with ours is ours
+                pass  # the next one then; there are enough
+        raise Busy("other coordinators are creating collections: try again")
+
+    async def _reserve(self, name: str, request: CreateCollection) -> tuple[CollectionRecord, int]:
+        """Take the name and the nodes, in one transaction. Returns the record and its revision."""
+        record, shards = await self._planned(name, request)
+        puts = {record.key: record.to_bytes()}
+        puts |= {shard.key: shard.to_bytes() for shard in shards}
+        for _ in range(_TXN_ATTEMPTS_MAX):
+            try:
+                done = await self._store.txn([Compare(record.key, 0)], puts)
+            except Uncertain:
+                pass  # a record with our id is ours
             else:
                 if done.ok:
                     return record, done.revision
@@ -407,10 +435,10 @@ class Catalog:
                 if _id_of(entry) == record.id:
                     return record, entry.revision
                 raise _already_exists(name)
-        raise Busy("other coordinators are creating collections: try again")
+        raise _changed_by_others(name)
 
     async def _planned(
-        self, number: int, name: str, request: CreateCollection
+        self, name: str, request: CreateCollection
     ) -> tuple[CollectionRecord, list[ShardRecord]]:
         """The records of a new collection: how many shards and replicas, and on which nodes."""
         settings, config = self._settings, request.model_dump(mode="json", exclude_unset=True)
@@ -424,24 +452,26 @@ class Catalog:
                 config["replication_factor"] = factor
         alone = self._local_node is not None
         check_factors(factor or 1, request.write_consistency_factor or 1, alone=alone)
-        record = CollectionRecord(
-            id=number,
-            name=name,
-            state=CollectionState.CREATING,
-            shard_number=request.shard_number
-            or shards_by_default(len(nodes), factor or 1, settings.default_shard_number),
-            config=config,
+        shard_number = request.shard_number or shards_by_default(
+            len(nodes), factor or 1, settings.default_shard_number
         )
         if self._local_node is not None:
             if (factor or 1) > 1:
                 _log.warning("one_replica_only", collection=name, replication_factor=factor)
-            members = [[self._local_node]] * record.shard_number
+            members = [[self._local_node]] * shard_number
         else:
             entries, _ = await self._store.range(SHARDS_PREFIX)
             present = [ShardRecord.from_bytes(e.key, e.value) for e in entries]
-            members = place(record.shard_number, factor or 1, nodes, present)
+            members = place(shard_number, factor or 1, nodes, present)
+        record = CollectionRecord(
+            id=await self._new_id(),
+            name=name,
+            state=CollectionState.CREATING,
+            shard_number=shard_number,
+            config=config,
+        )
         return record, [
-            ShardRecord(collection_id=number, shard=shard, primary=held_by[0], in_sync=held_by)
+            ShardRecord(collection_id=record.id, shard=shard, primary=held_by[0], in_sync=held_by)
             for shard, held_by in enumerate(members)
         ]
 
@@ -472,9 +502,30 @@ def _id_of(entry: KeyValue) -> int:
     return CollectionRecord.from_bytes(entry.key, entry.value).id
 
 
+def _activated(record: CollectionRecord) -> CollectionRecord:
+    return record.model_copy(update={"state": CollectionState.ACTIVE})
+
+
 def _already_exists(name: str) -> AlreadyExists:
     return AlreadyExists(f"Wrong input: Collection `{name}` already exists!")
 
 
 def _changed_by_others(name: str) -> Busy:
     return Busy(f"Collection `{name}` is being changed by others: try again")
+
+
+class _Doubt:
+    """Around the attempts at one change. justified: one of them was not answered, so whatever error
+    ends them, the change may have happened."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.justified = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.justified and isinstance(error, ShoalError) and not error.maybe_applied:
+            error.maybe_applied = True
+            error.message += f" The change of `{self._name}` may have been made: look, then decide."

@@ -35,7 +35,16 @@ from coordinator.routing import (
 )
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
-from shoal.errors import NotFound, NotPrimary, ShoalError, Stale, TimedOut, Unavailable
+from shoal.errors import (
+    FormatTooNew,
+    InvariantError,
+    NotFound,
+    NotPrimary,
+    ShoalError,
+    Stale,
+    TimedOut,
+    Unavailable,
+)
 from shoal.ids import PointIds
 from shoal.metadata.contract import Event, MetadataStore
 from shoal.metadata.schema import SHARDS_PREFIX, ShardRecord, shard_key
@@ -207,8 +216,11 @@ class Router:
         for event in events:
             if event.value is None:
                 self._forget(event.key, event.revision)
-            else:
+                continue
+            try:
                 self._learn(event.key, event.value, event.revision)
+            except (FormatTooNew, InvariantError) as error:  # the others are none the worse
+                _log.error("shard_not_read", key=event.key, why=str(error))
 
     def _learn(self, text: str, value: bytes, revision: int) -> _Shard:
         record = ShardRecord.from_bytes(text, value)
@@ -232,8 +244,9 @@ class Router:
         if shard is None or shard.revision > revision:
             return
         del self._shards[key]
-        if len(self._removed) < _REMOVED_MAX:
-            self._removed[key] = [*shard.record.members(), *shard.record.leaving]
+        self._removed[key] = [*shard.record.members(), *shard.record.leaving]
+        if len(self._removed) > _REMOVED_MAX:  # others drop theirs themselves: the oldest goes
+            del self._removed[next(iter(self._removed))]
         shard.tell()
 
     def _target(self, node_id: str) -> Target:
@@ -469,7 +482,7 @@ class Router:
     async def _drop_on(self, node_id: str, shard: ShardKey) -> None:
         try:
             await self._nodes.get(node_id).drop_shard(shard)
-        except (Unavailable, TimedOut) as error:
+        except ShoalError as error:
             _log.info("drop_left_to_node", node=node_id, shard=str(shard), why=error.message)
 
     # -- how the nodes are ------------------------------------------------------------------------

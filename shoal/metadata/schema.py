@@ -40,6 +40,7 @@ __all__ = [
     "SHARDS_PREFIX",
     "CollectionRecord",
     "CollectionState",
+    "EncoderFacts",
     "IdRecord",
     "IndexArtifact",
     "IndexJobRecord",
@@ -96,13 +97,13 @@ class Record(BaseModel):
     @classmethod
     def from_bytes(cls, key: str, value: bytes) -> Self:
         """Raises FormatTooNew for a newer form, InvariantError for what we cannot have written."""
-        version = _Versioned.model_validate_json(value).version
-        if version > cls.newest:
-            raise FormatTooNew(
-                f"the metadata record {key!r} has version {version} and this Shoal reads up to "
-                f"{cls.newest}: start the newer Shoal that wrote it"
-            )
         try:
+            version = _Versioned.model_validate_json(value).version
+            if version > cls.newest:
+                raise FormatTooNew(
+                    f"the metadata record {key!r} has version {version} and this Shoal reads up to "
+                    f"{cls.newest}: start the newer Shoal that wrote it"
+                )
             return cls.model_validate_json(value)
         except ValidationError as error:
             raise InvariantError(f"the metadata record {key!r} is damaged: {error}") from error
@@ -174,10 +175,28 @@ class NodeRole(StrEnum):
     ENCODER = "encoder"
 
 
+class EncoderFacts(BaseModel):
+    """What a rank group serves: see shoal/encoder_api.py, ModelInfo. tp, pp: how it is split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    aliases: list[str] = []
+    dim: int
+    max_tokens: int
+    fingerprint: str
+    precision: str
+    tp: int = 1
+    pp: int = 1
+
+
 class NodeRecord(Record):
     """A running process. The record lives under the lease of that process, and a restarted process
-    has a new incarnation. grpc, http: "host:port" as others reach it. Statistics are not here: they
-    are asked of the node itself, because every change here wakes all watchers."""
+    has a new incarnation. grpc, http: "host:port" as others reach it. encoder: of an encoder, which
+    has the second form of this record. Statistics are not here: they are asked of the node itself,
+    because every change here wakes all watchers."""
+
+    newest: ClassVar[int] = 2
 
     id: str
     role: NodeRole
@@ -186,6 +205,7 @@ class NodeRecord(Record):
     http: str = ""
     zone: str = ""
     draining: bool = False
+    encoder: EncoderFacts | None = None
 
     @property
     def key(self) -> str:

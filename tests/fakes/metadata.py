@@ -15,13 +15,14 @@ class FakeStore:
     """What `shoal.metadata.contract` says, without leases.
 
     down       every call raises Unavailable.
-    uncertain  of the next transactions: True, it happens and nobody is told; False, it does not.
+    uncertain  of the next transactions: True, it happens and nobody is told; False, it does not;
+               None, nothing is wrong with it.
     deaf       watches tell nothing until it is False again and something changes.
     """
 
     def __init__(self) -> None:
         self.down = self.deaf = False
-        self.uncertain: list[bool] = []
+        self.uncertain: list[bool | None] = []
         self.reads = 0
         self._kv: dict[str, KeyValue] = {}
         self._history: list[Event] = []
