@@ -173,6 +173,9 @@ class Replica:
         self._inherited = 0  # primary: `last` when its term began
         self._shown = 0  # primary: the last entry that anybody else may have
         self._peers: dict[str, _Peer] = {}
+        self._sent_away: set[int] = (
+            set()
+        )  # incarnations that were told, in this term, to fetch files
         self._proposal: Config | None = None
         self._tickets: deque[_OnDisk] = deque()
         self._ticket = 0
@@ -297,6 +300,7 @@ class Replica:
         was_primary = self._primary
         self._primary = False
         self._peers.clear()
+        self._sent_away.clear()
         self._proposal = None
         self._verified = self.committed
         self._leader, self._told, self._echo = None, 0, float("-inf")
@@ -466,14 +470,20 @@ class Replica:
 
     def _send_away(self, node: str) -> list[Effect]:
         """Tell it to fetch files. Not while it is in sync: it may hold more than the files, which it
-        would give up. It makes no progress now, so `_shrink` takes it out of the set first."""
+        would give up. It makes no progress now, so `_shrink` takes it out of the set first. Nor may
+        it come into sync afterwards, whatever it says: a copy of the order may be on its way yet."""
         peer = self._peers[node]
         if node in self._waited_for() or peer.incarnation is None:
             return []
+        peer.aligned = False
+        self._sent_away.add(peer.incarnation)
         return [Send(node, NeedFiles(self.term, peer.incarnation))]
 
     def _on_position(self, sender: str, m: Position, now: float) -> list[Effect]:
         peer = self._peers[sender]
+        if m.incarnation in self._sent_away:
+            peer.incarnation = m.incarnation
+            return self._send_away(sender)
         agreed = self._agreed(m)
         if peer.incarnation != m.incarnation:
             peer.incarnation, peer.match, peer.needs_files = m.incarnation, agreed, False
@@ -570,7 +580,7 @@ class Replica:
         if not peer.aligned:
             return []  # of an earlier time in this term; the Position is on its way
         if m.match > peer.match:
-            peer.match, peer.acked = m.match, now
+            peer.match, peer.acked, peer.needs_files = m.match, now, False
             peer.window = min(2 * peer.window, WINDOW_ENTRIES_MAX)
         peer.sent = max(peer.sent, peer.match)
         if peer.match == self.last:

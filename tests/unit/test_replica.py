@@ -476,6 +476,22 @@ def test_a_replica_in_sync_is_never_sent_for_files(shard):
     assert not [e for e in shard.step("a", TailRead("b", 1, None)) if isinstance(e, Send)]
 
 
+def test_a_replica_that_was_sent_for_files_does_not_come_into_sync_before(shard):
+    """Its late answers may say that it caught up; the order to fetch files may still reach it."""
+    shard.write("a", b"1")
+    shard.settle()
+    shard.change(joining={"d"})
+    shard.start("d", fresh=True)
+    shard.tell("a")
+    a, d = shard.replicas["a"], shard.replicas["d"].incarnation
+    shard.step("a", Received("d", Position(1, d, 0, 0, (), echo=shard.now)))
+    a._peers["d"].reading = True
+    assert shard.step("a", TailRead("d", 1, None)) == [Send("d", NeedFiles(1, d))]
+    shard.step("a", Received("d", Appended(1, 1, shard.now)))
+    shard.step("a", Received("d", Position(1, d, 1, 1, ((1, 1),), echo=shard.now)))
+    assert shard.asked("a", Propose) == []
+
+
 def test_what_was_read_from_the_log_before_a_cut_is_not_sent(shard):
     old = Entry(1, 1, b"old")
     shard.away = {"a"}
