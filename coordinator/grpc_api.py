@@ -55,7 +55,7 @@ _OPTIONS = (
     ("grpc.max_send_message_length", -1),  # SEARCH_LIMIT_MAX and the like bound an answer
     # Clients ask every 10 s whether we are still there, also between calls.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 _BUG = common_pb2.ErrorDetail(
     name="InternalError",
