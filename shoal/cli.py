@@ -205,6 +205,39 @@ def _monitor(arguments: list[str]) -> int:
     return 0
 
 
+def _encoder(arguments: list[str]) -> int:
+    actions = {"serve": _encoder_serve}
+    action = actions.get(arguments[0]) if arguments else None
+    if action is None:
+        asked = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(_ENCODER_OVERVIEW, end="", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    return action(arguments[1:])
+
+
+_ENCODER_OVERVIEW = """\
+usage: shoal encoder ACTION ...
+
+  serve         in a cluster: turn texts into vectors, over one process or several
+
+`shoal encoder ACTION --help` tells more about each.
+"""
+
+
+def _encoder_serve(arguments: list[str]) -> int:
+    from shoal.settings import EncoderProcess
+
+    about = (
+        "Turn texts into vectors for the coordinators of a cluster, with tp × pp processes.\n"
+        "Run it several times, under different --node-id, for more throughput and no gap."
+    )
+    settings = _process_settings("encoder serve", about, EncoderProcess, arguments)
+    from shoal.roles.encoder import run
+
+    run(settings)
+    return 0
+
+
 def _settings(arguments: list[str]) -> int:
     from shoal.settings import PROCESSES
 
@@ -301,6 +334,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "storage-node": ("in a cluster: hold replicas of shards", _storage_node),
     "index-node": ("in a cluster: build indexes", _index_node),
     "monitor": ("in a cluster: fail over and repair", _monitor),
+    "encoder": ("in a cluster: serve a text model over several processes", _encoder),
     "settings": ("show the effective settings and where each comes from", _settings),
     "health": ("ask a process on this machine whether it is ready", _health),
     "version": ("print the version", _version),

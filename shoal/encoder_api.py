@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import BadRequest
+from shoal.limits import TEXT_BYTES_MAX, TEXTS_PER_REQUEST_MAX
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -26,6 +27,7 @@ __all__ = [
     "Encoder",
     "ModelInfo",
     "Precision",
+    "check_texts",
     "resolve_model",
 ]
 
@@ -121,3 +123,27 @@ def resolve_model(name: str, aliases_by_model: Mapping[str, Iterable[str]]) -> s
     raise BadRequest(
         f"Wrong input: model {name!r} is not known here; models of this server: {known}"
     )
+
+
+def check_texts(texts: Sequence[str]) -> int:
+    """Bytes of all texts together; BadRequest when one is too large, or there are too many."""
+    if len(texts) > TEXTS_PER_REQUEST_MAX:
+        raise BadRequest(
+            f"Wrong input: {len(texts)} texts in one request; at most {TEXTS_PER_REQUEST_MAX} "
+            "are embedded at once, so send several requests"
+        )
+    total = 0
+    for position, text in enumerate(texts):
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise BadRequest(
+                f"Wrong input: text {position} holds half a surrogate pair and is no valid Unicode"
+            ) from error
+        if size > TEXT_BYTES_MAX:
+            raise BadRequest(
+                f"Wrong input: text {position} has {size} bytes; at most {TEXT_BYTES_MAX} are "
+                "taken. Models read only the first few hundred words: send a passage"
+            )
+        total += size
+    return total

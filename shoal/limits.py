@@ -107,3 +107,7 @@ STALE_WAIT_S = 0.25  # how long a read waits for a replica to catch up before an
 INDEX_JOB_FAILURES_MAX = 3  # then the replicas build for themselves
 INDEX_JOB_WAIT_S = 5.0  # without any index node before replicas build for themselves
 INDEX_ARTIFACT_KEEP_S = 600.0  # an index node keeps what it built so long for replicas to fetch
+
+# -- the encoder ----------------------------------------------------------------------------------
+ENCODER_BATCH_TOKENS_MAX = 2_048  # of one forward pass, padding included: what a query waits for
+ENCODER_QUEUE_TOKENS_MAX = 262_144  # that wait for one group: about a minute of a small one's work

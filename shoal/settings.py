@@ -8,7 +8,8 @@ that its parts need:
     coordinator     CoordinatorProcess  \
     storage-node    StorageProcess       |  the processes of a cluster: they share ClusterSettings,
     index-node      IndexProcess         |  and one file with settings may serve all of them
-    monitor         MonitorProcess      /
+    monitor         MonitorProcess       |
+    encoder         EncoderProcess      /
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = [
     "CoordinatorProcess",
     "CoordinatorSettings",
     "DataSettings",
+    "EncoderProcess",
     "EncoderSettings",
     "GrpcSettings",
     "HttpSettings",
@@ -586,12 +588,82 @@ class MonitorProcess(MonitorSettings, ClusterProcess):
     )
 
 
+class EncoderProcess(ClusterProcess):
+    """Everything that `shoal encoder serve` can be told."""
+
+    model_config = _CONFIG
+
+    model: str = _setting(
+        "sentence-transformers/all-minilm-l6-v2",
+        right="a model's name, or a folder with a model",
+        about="The model to serve: the name of the one that comes with Shoal, a folder on disk, or "
+        "a name in this user's Hugging Face cache.",
+        cluster=True,
+        min_length=1,
+    )
+    tp: int = _setting(
+        1,
+        right="a whole number from 1 to 64 that divides the model's attention heads",
+        about="Processes among which every layer is divided (tensor parallel).",
+        cluster=True,
+        ge=1,
+        le=64,
+    )
+    pp: int = _setting(
+        1,
+        right="a whole number from 1 to 64, at most the model's layers",
+        about="Processes in a row, each with some of the layers (pipeline parallel).",
+        cluster=True,
+        ge=1,
+        le=64,
+    )
+    threads: int = _setting(
+        1,
+        right="a whole number from 1 to 1024",
+        about="Threads that each of the tp × pp processes computes with.",
+        cluster=True,
+        ge=1,
+        le=1024,
+    )
+    encoder_precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto",
+        right="auto, float32 or bfloat16",
+        about="Numbers that the encoder computes with; auto takes bfloat16 where the hardware has "
+        "it and probe texts come out the same.",
+    )
+    batch_tokens_max: int = _setting(
+        limits.ENCODER_BATCH_TOKENS_MAX,
+        right="a whole number from 16 to 1048576",
+        about="Tokens that go through the model together, padding included. A query waits for one "
+        "such batch at most.",
+        cluster=True,
+        ge=16,
+        le=1 << 20,
+    )
+    queue_tokens_max: int = _setting(
+        limits.ENCODER_QUEUE_TOKENS_MAX,
+        right="a whole number from 1024 to 1073741824",
+        about="Tokens that may wait; beyond that callers are told to come back.",
+        cluster=True,
+        ge=1024,
+        le=1 << 30,
+    )
+    grpc_port: int = _setting(
+        6338,
+        right="a port from 0 to 65535",
+        about="The port to listen on for gRPC; 0 picks a free one, which node.json then names.",
+        ge=0,
+        le=65535,
+    )
+
+
 PROCESSES: dict[str, type[Process]] = {
     "serve": ServeSettings,
     "coordinator": CoordinatorProcess,
     "storage-node": StorageProcess,
     "index-node": IndexProcess,
     "monitor": MonitorProcess,
+    "encoder": EncoderProcess,
 }
 
 

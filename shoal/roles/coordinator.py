@@ -11,6 +11,7 @@ import socket
 from coordinator.router import Router
 from coordinator.service import Coordinator
 from monitor.service import Monitor
+from shoal.encoder_choice import EitherEncoder
 from shoal.errors import ShoalError, StartupError
 from shoal.front import make_encoder, serve_front
 from shoal.metadata.schema import NodeRole
@@ -22,6 +23,7 @@ from shoal.roles.process import (
     patiently,
     run_role,
 )
+from shoal.rpc.encoder import EncoderClient
 from shoal.serving import bound_socket
 from shoal.settings import CoordinatorProcess, StorageSettings
 
@@ -39,9 +41,9 @@ def run(settings: CoordinatorProcess) -> None:
 async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socket.socket) -> None:
     settings, stack = process.settings, process.stack
     await process.connect()
-    encoder = make_encoder(settings)
-    if encoder is not None:
-        stack.push_async_callback(encoder.close)
+    groups = EncoderClient(process.watched.entries, settings=process.rpc)
+    encoder = EitherEncoder(groups, make_encoder(settings))
+    stack.push_async_callback(encoder.close)
     router = Router(process.store, process.nodes)
     await patiently(router.start)
     stack.push_async_callback(router.close)

@@ -28,7 +28,7 @@ from shoal.errors import StartupError, Unavailable
 from shoal.metadata.contract import Event, Uncertain
 from shoal.metadata.etcd import EtcdStore
 from shoal.metadata.etcd_members import EtcdTls
-from shoal.metadata.schema import NODES_PREFIX, NodeRecord, NodeRole
+from shoal.metadata.schema import NODES_PREFIX, EncoderFacts, NodeRecord, NodeRole
 from shoal.metadata.session import Session
 from shoal.metadata.watched import Watched
 from shoal.rpc.channel import NodeTls, RpcSettings
@@ -63,13 +63,14 @@ class RoleProcess(Generic[S]):
         self.rpc = RpcSettings(tls=self.tls)
         self.store: EtcdStore
         self.nodes: Nodes
+        self.watched: Watched  # the records of all nodes
 
     async def connect(self) -> None:
         """Find the metadata, and the other nodes. Raises StartupError, or Unavailable after
         METADATA_WAIT_S."""
         self.store = await patiently(lambda: _open_store(self.settings))
         self.stack.push_async_callback(self.store.close)
-        watched = Watched(self.store, [NODES_PREFIX], on_change=self._nodes_changed)
+        watched = self.watched = Watched(self.store, [NODES_PREFIX], on_change=self._nodes_changed)
         self.nodes = Nodes(watched, settings=self.rpc)
         self.stack.push_async_callback(self.nodes.close)
         await patiently(watched.start)
@@ -78,10 +79,13 @@ class RoleProcess(Generic[S]):
     def _nodes_changed(self, events: Sequence[Event]) -> None:
         self.nodes.on_change(events)
 
-    async def register(self, *, grpc: int, http: str = "") -> Session:
+    async def register(
+        self, *, grpc: int, http: str = "", encoder: EncoderFacts | None = None
+    ) -> Session:
         """Tell the cluster that this process is there, and where.
 
         grpc  the port that it listens on.  http  "host:port" as others reach it.
+        encoder  what an encoder serves.
         """
         host = advertised_host(self.settings, self.settings.grpc_host)
         record = NodeRecord(
@@ -91,6 +95,8 @@ class RoleProcess(Generic[S]):
             grpc=address(host, self.settings.advertise_grpc_port or grpc),
             http=http,
             zone=self.settings.zone,
+            version=1 if encoder is None else 2,
+            encoder=encoder,
         )
         session = Session(
             self.store,
@@ -107,11 +113,14 @@ class RoleProcess(Generic[S]):
         self.stack.push_async_callback(session.close)
         return session
 
-    def announce(self, *, grpc: int, http: str = "", folder: Path | None = None) -> None:
-        """node.json, until the end.  http  "host:port" that it listens on."""
+    def announce(
+        self, *, grpc: int, http: str = "", folder: Path | None = None, pid: int | None = None
+    ) -> None:
+        """node.json, until the end.  http  "host:port" that it listens on.  pid  whom to signal,
+        where that is not this process."""
         settings = self.settings
         info = NodeInfo(
-            pid=os.getpid(),
+            pid=pid or os.getpid(),
             role=self.role,
             node_id=self.node_id,
             http=http,

@@ -1,0 +1,96 @@
+"""Which process of a rank group is dead or hangs. Pure: told what was heard and when, asked who is lost.
+
+    every process ──a beat each 0.1 s: what its computing thread does──▶ the group's parent
+    silence          the process is stopped, or the machine starves it
+    no progress      a batch is under way and no computing thread of the group used the CPU meanwhile:
+                     one of them waits for something that will not come, the others for that one
+
+A batch may be long on a busy machine, so time alone proves nothing; CPU time that stands still does.
+Before a process is ready it imports and loads for seconds without a word: then only its end counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BEAT_S", "Beat", "Liveness", "Lost"]
+
+BEAT_S = 0.1
+SILENCE_S_MAX = 0.6  # six beats; with the way to the callers this keeps errors within a second
+STANDSTILL_S_MAX = 0.6
+PROGRESS_S_MIN = 0.001  # CPU seconds that count as progress; a thread that waits uses less
+BATCH_S_MAX = 60.0  # whatever the CPU does
+_LATE_S = 3 * BEAT_S  # a look that comes later than this judges nobody: we were not there ourselves
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """ready: it is loaded and serves. step: batches begun so far. busy: one is under way. cpu_s: of
+    the computing thread, since its start."""
+
+    rank: int
+    ready: bool
+    step: int
+    busy: bool
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """rank: who, or None when it cannot be told."""
+
+    rank: int | None
+    why: str
+
+
+@dataclass(slots=True)
+class _Heard:
+    beat: Beat
+    at_s: float
+
+
+class Liveness:
+    """What is known of the processes of one attempt of a group. Times are seconds of one clock that
+    does not jump."""
+
+    def __init__(self, now_s: float) -> None:
+        self._heard: dict[int, _Heard] = {}
+        self._looked_s = now_s
+        self._moved_s = now_s  # when some computing thread was last seen to move
+        self._step_began_s: float | None = None
+
+    def heard(self, beat: Beat, now_s: float) -> None:
+        before = self._heard.get(beat.rank)
+        if (
+            before is None
+            or beat.step != before.beat.step
+            or beat.busy != before.beat.busy
+            or beat.cpu_s - before.beat.cpu_s >= PROGRESS_S_MIN
+        ):
+            self._moved_s = now_s
+        self._heard[beat.rank] = _Heard(beat, now_s)
+        busy = any(h.beat.busy for h in self._heard.values())
+        if not busy or before is None or beat.step != before.beat.step:
+            self._step_began_s = now_s if busy else None
+
+    def look(self, now_s: float) -> Lost | None:
+        """To be asked about every BEAT_S."""
+        late = now_s - self._looked_s > _LATE_S
+        self._looked_s = now_s
+        if late:
+            for heard in self._heard.values():
+                heard.at_s = now_s
+            self._moved_s = now_s
+            return None
+        for rank, heard in sorted(self._heard.items()):
+            if heard.beat.ready and now_s - heard.at_s > SILENCE_S_MAX:
+                return Lost(rank, f"rank {rank} hangs: not a word for {now_s - heard.at_s:.1f} s")
+        if not all(heard.beat.ready for heard in self._heard.values()):
+            return None
+        if not any(heard.beat.busy for heard in self._heard.values()):
+            return None
+        if now_s - self._moved_s > STANDSTILL_S_MAX:
+            return Lost(None, f"a batch has stood still for {now_s - self._moved_s:.1f} s")
+        if self._step_began_s is not None and now_s - self._step_began_s > BATCH_S_MAX:
+            return Lost(None, f"a batch has not ended within {BATCH_S_MAX:g} s")
+        return None

@@ -1,0 +1,378 @@
+"""`EncoderClient`: the encoders of a cluster behind `shoal.encoder_api.Encoder`.
+
+    embed ──▶ groups that serve the model, least work first ──▶ one Embed call each, many requests
+                │ a group that is lost, busy or too late: the next one, each once
+                └ nothing here changes anything, so asking twice harms nobody
+
+Who there is comes from the records under `nodes/`. How much waits for a group is known from its last
+answer and from what this process has sent since; a group that was not heard of for a while is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import grpc
+import grpc.aio
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.encoder.v1 import encoder_pb2 as pb
+from shoal.encoder_api import Embedding, ModelInfo, check_texts, resolve_model
+from shoal.errors import Busy, FormatTooNew, NotSupported, ShoalError, TimedOut, Unavailable, must
+from shoal.limits import RPC_IN_FLIGHT_MAX
+from shoal.metadata.contract import KeyValue
+from shoal.metadata.schema import NODES_PREFIX, EncoderFacts, NodeRecord, NodeRole
+from shoal.rpc.channel import RpcSettings, is_taken, node_metadata, open_channel
+from shoal.rpc.codec import decode_error
+from shoal.rpc.faults import from_rpc_error, lost
+from shoal.telemetry import logger
+
+__all__ = ["EncoderClient", "GroupStatus"]
+
+_SERVICE = "/shoal.encoder.v1.Encoder/"
+STATUS_TIMEOUT_S = 2.0
+POLL_S = 1.0  # between questions for the depth of queues, while there is more than one group
+AVOID_S = 1.0  # a group that was lost is asked last for so long
+_BYTES_PER_TOKEN = 4.0  # of texts not yet cut into tokens; only to compare groups with
+
+_log = logger("rpc")
+
+EmbedCall = grpc.aio.StreamStreamCall[pb.EmbedRequest, pb.EmbedReply]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """One group as it says itself; `error` when it does not answer."""
+
+    node: str
+    address: str
+    facts: EncoderFacts
+    reply: pb.StatusReply | None = None
+    error: str | None = None
+
+
+class EncoderClient:
+    """Implements `shoal.encoder_api.Encoder`. Belongs to one event loop.
+
+    entries  the records of nodes, kept up to date by somebody else (shoal.metadata.watched).
+
+    Besides the errors of the contract: Unavailable and TimedOut when every group that serves the model
+    was lost or late; both may be retried.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, KeyValue], *, settings: RpcSettings | None = None
+    ) -> None:
+        self._entries = entries
+        self._settings = settings if settings is not None else RpcSettings()
+        self._read: dict[str, tuple[KeyValue, NodeRecord | None]] = {}
+        self._groups: dict[str, _Group] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # -- the Encoder contract ---------------------------------------------------------------------
+    async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
+        return (await self.encode(texts, model)).vectors
+
+    async def encode(self, texts: Sequence[str], model: str) -> Embedding:
+        size = check_texts(texts)
+        facts = self._facts(model)
+        if not texts:
+            return _empty(facts.dim)
+        request = pb.EmbedRequest(model=facts.model, texts=texts)
+        tokens = int(size / _BYTES_PER_TOKEN) + len(texts)
+        failure: ShoalError | None = None
+        for group in self._by_load(facts.model):
+            try:
+                reply = await group.ask(request, tokens)
+            except (Unavailable, TimedOut, Busy) as error:
+                failure = _worse(failure, error)
+            else:
+                return _embedding(reply, len(texts), facts.dim)
+        must(failure is not None, "a model that is served has a group")
+        raise failure if failure is not None else Unavailable("no encoder")
+
+    async def prepare(self, model: str) -> ModelInfo:
+        return _info(self._facts(model))
+
+    def models(self) -> list[ModelInfo]:
+        found: dict[str, ModelInfo] = {}
+        for _, facts in self._serving():
+            found.setdefault(facts.model, _info(facts))
+        return [found[name] for name in sorted(found)]
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.wait([self._poller])
+        groups, self._groups = list(self._groups.values()), {}
+        await asyncio.gather(*(group.close() for group in groups), *self._closing)
+
+    # -- groups -----------------------------------------------------------------------------------
+    async def statuses(self) -> list[GroupStatus]:
+        """Every group that has registered, as it says itself."""
+        serving = self._serving()
+        return await asyncio.gather(
+            *(self._group(record).status(facts) for record, facts in serving)
+        )
+
+    def _serving(self) -> list[tuple[NodeRecord, EncoderFacts]]:
+        """Of all registered groups, by node id."""
+        found = []
+        for key in sorted(self._entries):
+            record = self._record(key)
+            if (
+                record is not None
+                and record.role is NodeRole.ENCODER
+                and record.encoder is not None
+            ):
+                found.append((record, record.encoder))
+        return found
+
+    def _record(self, key: str) -> NodeRecord | None:
+        entry = self._entries.get(key)
+        if entry is None or not key.startswith(NODES_PREFIX):
+            return None
+        known = self._read.get(key)
+        if known is not None and known[0] is entry:
+            return known[1]
+        try:
+            record = NodeRecord.from_bytes(key, entry.value)
+        except FormatTooNew as error:
+            _log.warning("node_record_too_new", key=key, why=error.message)
+            record = None
+        self._read[key] = (entry, record)
+        return record
+
+    def _facts(self, model: str) -> EncoderFacts:
+        """What is served under that name. Raises NotSupported without any encoder, BadRequest for an
+        unknown model."""
+        if self._closed:
+            raise Unavailable("this process is shutting down")
+        serving = [facts for _, facts in self._serving()]
+        if not serving:
+            raise NotSupported(
+                "Texts cannot be embedded here: this cluster has no encoder at the moment; start one "
+                "with `shoal encoder serve`, or send vectors"
+            )
+        name = resolve_model(model, {facts.model: facts.aliases for facts in serving})
+        return next(facts for facts in serving if facts.model == name)
+
+    def _by_load(self, model: str) -> list[_Group]:
+        """Groups that serve the model, the one with the least to do first."""
+        serving = [record for record, facts in self._serving() if facts.model == model]
+        groups = [self._group(record) for record in serving if not record.draining]
+        if len(groups) > 1 and self._poller is None:
+            self._poller = asyncio.create_task(self._poll(), name="encoder-depths")
+        now_s = asyncio.get_running_loop().time()
+        return sorted(groups, key=lambda group: (now_s < group.avoid_until_s, group.depth))
+
+    def _group(self, record: NodeRecord) -> _Group:
+        group = self._groups.get(record.id)
+        if group is not None and group.address == record.grpc:
+            return group
+        if group is not None:
+            task = asyncio.get_running_loop().create_task(group.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        group = self._groups[record.id] = _Group(record.id, record.grpc, self._settings)
+        return group
+
+    async def _poll(self) -> None:
+        """The depth of queues that other processes fill, too."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            for status in await self.statuses():
+                if status.reply is not None:
+                    self._groups[status.node].waiting_tokens = status.reply.waiting_tokens
+
+
+class _Group:
+    """One group: its connection, and the requests that wait there.
+
+    waiting_tokens  that it said last; sent_tokens: of our own requests that it has not answered.
+    """
+
+    def __init__(self, node: str, address: str, settings: RpcSettings) -> None:
+        self.node, self.address = node, address
+        self.avoid_until_s = 0.0
+        self.waiting_tokens = self._sent_tokens = 0
+        self._settings = settings
+        self._peer = f"encoder {node} at {address}"
+        self._metadata = node_metadata(node)
+        self._channel = open_channel(address, settings)
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[pb.EmbedReply]] = {}
+        self._call: EmbedCall | None = None
+        self._opening: asyncio.Task[EmbedCall] | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def depth(self) -> int:
+        return self.waiting_tokens + self._sent_tokens
+
+    async def ask(self, request: pb.EmbedRequest, tokens: int) -> pb.EmbedReply:
+        """Raises what the group answered, Unavailable and TimedOut."""
+        if len(self._waiting) >= RPC_IN_FLIGHT_MAX:
+            raise Busy(f"{self._peer} has {len(self._waiting)} requests of this process waiting")
+        self._sent_tokens += tokens
+        try:
+            return await self._asked(request)
+        except (Unavailable, TimedOut):
+            self.avoid_until_s = asyncio.get_running_loop().time() + AVOID_S
+            raise
+        finally:
+            self._sent_tokens -= tokens
+
+    async def _asked(self, request: pb.EmbedRequest) -> pb.EmbedReply:
+        number = next(self._ids)
+        own = pb.EmbedRequest()
+        own.CopyFrom(request)
+        own.id = number
+        future: asyncio.Future[pb.EmbedReply] = asyncio.get_running_loop().create_future()
+        call = await self._opened()
+        self._waiting[number] = future
+        try:
+            async with asyncio.timeout(self._settings.read_timeout_s):
+                await call.write(own)
+                reply = await future
+        except TimeoutError:
+            self._cancel(call, number)
+            raise TimedOut(f"{self._peer} did not answer in time") from None
+        except asyncio.CancelledError:
+            self._cancel(call, number)
+            raise
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise lost(self._peer, "it ended the connection", maybe_applied=False) from None
+        finally:
+            self._waiting.pop(number, None)
+        self.waiting_tokens = reply.waiting_tokens
+        if reply.HasField("error"):
+            raise decode_error(reply.error)
+        return reply
+
+    def _cancel(self, call: EmbedCall, number: int) -> None:
+        if not call.done():
+            task = asyncio.ensure_future(call.write(pb.EmbedRequest(id=number, cancelled=True)))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _opened(self) -> EmbedCall:
+        """The call that is open, or a new one; several who ask share it."""
+        if self._call is not None and not self._call.done():
+            return self._call
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(self._opening_ended)
+        return await asyncio.shield(self._opening)
+
+    def _opening_ended(self, task: asyncio.Task[EmbedCall]) -> None:
+        self._opening = None
+        if not task.cancelled():
+            task.exception()  # whoever waited has it
+
+    async def _open(self) -> EmbedCall:
+        open_call = self._channel.stream_stream(
+            _SERVICE + "Embed",
+            request_serializer=pb.EmbedRequest.SerializeToString,
+            response_deserializer=pb.EmbedReply.FromString,
+        )
+        call = cast(EmbedCall, open_call(metadata=self._metadata))
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                if not await is_taken(call):
+                    await call.read()  # raises why
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._peer, write=False) from None
+        except TimeoutError:
+            call.cancel()
+            raise lost(self._peer, "no connection in time", maybe_applied=False) from None
+        self._call = call
+        self._reader = asyncio.create_task(self._read(call))
+        return call
+
+    async def _read(self, call: EmbedCall) -> None:
+        why = "it ended the connection"
+        try:
+            while (said := await call.read()) is not grpc.aio.EOF:
+                reply = cast(pb.EmbedReply, said)
+                waiting = self._waiting.get(reply.id)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(reply)
+        except grpc.aio.AioRpcError as error:
+            why = error.details() or why
+        except (asyncio.CancelledError, asyncio.InvalidStateError):
+            why = "this process closed the connection"
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(lost(self._peer, why, maybe_applied=False))
+
+    async def status(self, facts: EncoderFacts) -> GroupStatus:
+        call = self._channel.unary_unary(
+            _SERVICE + "Status",
+            request_serializer=pb.StatusRequest.SerializeToString,
+            response_deserializer=pb.StatusReply.FromString,
+        )
+        try:
+            reply = await call(
+                pb.StatusRequest(), timeout=STATUS_TIMEOUT_S, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            why = from_rpc_error(error, self._peer, write=False).message
+            return GroupStatus(self.node, self.address, facts, error=why)
+        return GroupStatus(self.node, self.address, facts, reply=reply)
+
+    async def close(self) -> None:
+        for task in (self._opening, self._reader):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, ShoalError):
+                    await task
+        if self._call is not None:
+            self._call.cancel()
+        await self._channel.close()
+
+
+def _worse(known: ShoalError | None, error: ShoalError) -> ShoalError:
+    """What to tell when all groups failed: that one is busy means that one lives."""
+    return known if isinstance(known, Busy) else error
+
+
+def _info(facts: EncoderFacts) -> ModelInfo:
+    return ModelInfo(
+        name=facts.model,
+        dim=facts.dim,
+        max_tokens=facts.max_tokens,
+        fingerprint=facts.fingerprint,
+        aliases=tuple(facts.aliases),
+        loaded=True,
+        precision=facts.precision,
+    )
+
+
+def _empty(dim: int) -> Embedding:
+    return Embedding(np.empty((0, dim), np.float32), np.empty(0, np.int32), np.empty(0, np.bool_))
+
+
+def _embedding(reply: pb.EmbedReply, count: int, dim: int) -> Embedding:
+    """Raises Unavailable for an answer that does not fit the question."""
+    vectors = np.frombuffer(reply.vectors, "<f4")
+    tokens = np.frombuffer(reply.tokens, "<i4")
+    if (
+        len(vectors) != count * dim
+        or len(tokens) != count
+        or max(reply.truncated, default=0) >= count
+    ):
+        raise Unavailable("an encoder's answer does not fit the question: do versions differ?")
+    truncated = np.zeros(count, np.bool_)
+    truncated[list(reply.truncated)] = True
+    return Embedding(
+        vectors.reshape(count, dim).astype(np.float32), tokens.astype(np.int32), truncated
+    )
