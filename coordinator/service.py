@@ -295,9 +295,19 @@ class Coordinator:
     async def write_all(
         self, collection: Collection, requests: Sequence[AnyWrite]
     ) -> list[Written]:
-        """Apply writes in order. All are prepared before the first is applied."""
+        """Apply writes in order. All are prepared before the first is applied. The error of a later
+        one says that earlier ones have happened."""
         writes = [await self.prepare(collection, request) for request in requests]
-        return [await self.apply(collection, write) for write in writes]
+        done: list[Written] = []
+        for write in writes:
+            try:
+                done.append(await self.apply(collection, write))
+            except ShoalError as error:
+                if done:
+                    error.maybe_applied = True
+                    error.message += f" {len(done)} of {len(writes)} operations have been applied."
+                raise
+        return done
 
     async def prepare(self, collection: Collection, request: AnyWrite) -> Write:
         """Embed texts and normalise vectors: after this nothing of the request can be wrong."""
@@ -318,7 +328,9 @@ class Coordinator:
             results = await _all_written([self._storage.write(*part) for part in parts])
         missing = _first_missing(write, results)
         if missing is not None:
-            raise NotFound(f"Not found: No point with id {format_id(missing)} found")
+            error = NotFound(f"Not found: No point with id {format_id(missing)} found")
+            error.maybe_applied = len(_named(write)) > 1  # to the others
+            raise error
         return Written(
             {shard: result.sequence for (shard, _), result in zip(parts, results, strict=True)}
         )
@@ -473,9 +485,14 @@ def _first_missing(write: Write, results: Sequence[WriteResult]) -> int | None:
     missing = {result.missing for result in results} - {None}
     if len(missing) <= 1:
         return next(iter(missing), None)
+    return next(key for key in _named(write).keys() if key in missing)  # noqa: SIM118
+
+
+def _named(write: Write) -> PointIds:
+    """The ids that a write has missed one of."""
     ids = write.points.ids if isinstance(write, Upsert | UpdateVectors) else write.where.ids
     must(ids is not None, "a write by filter cannot miss a point")
-    return next(key for key in cast(PointIds, ids).keys() if key in missing)  # noqa: SIM118
+    return cast(PointIds, ids)
 
 
 async def _all_written(calls: Sequence[Coroutine[Any, Any, WriteResult]]) -> list[WriteResult]:
@@ -487,7 +504,7 @@ async def _all_written(calls: Sequence[Coroutine[Any, Any, WriteResult]]) -> lis
     error = failed[0]
     if not isinstance(error, ShoalError):
         raise error
-    if any(isinstance(other, ShoalError) and other.maybe_applied for other in failed):
+    if any(not isinstance(other, ShoalError) or other.maybe_applied for other in failed):
         error.maybe_applied = True
     if len(failed) < len(outcomes):
         error.maybe_applied = True

@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from shoal.client.aio import AsyncClient
 from shoal.client.core import DEFAULT_PORT
 from shoal.client.retry import RetryPolicy
+from shoal.errors import Unavailable
 
 __all__ = ["Client"]
 
@@ -42,6 +43,9 @@ class _Loop:
             raise RuntimeError(
                 "a callback may not call the client that calls it: it would wait for itself"
             )
+        if not self._thread.is_alive():
+            work.close()
+            raise Unavailable("this client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()

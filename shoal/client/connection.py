@@ -54,6 +54,7 @@ class Connection:
         else:
             self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._calls: dict[str, Any] = {}
+        self._closed = False
         self._searches: Multiplex[points_pb2.SearchResponse] | None = None
         self._upserts: Multiplex[points_pb2.WriteResult] | None = None
 
@@ -90,6 +91,14 @@ class Connection:
             found: A = await stub(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, may_have_happened=writes) from None
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            # Closing a channel looks to its callers as if somebody had cancelled them.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            closed = Unavailable("the client was closed")
+            closed.maybe_applied = writes
+            raise closed from None
         return found
 
     async def search(
@@ -129,6 +138,7 @@ class Connection:
         return await stream.ask(request, timeout_s)
 
     async def close(self) -> None:
+        self._closed = True
         for stream in (self._searches, self._upserts):
             if stream is not None:
                 await stream.close()

@@ -102,7 +102,7 @@ class Core:
                     pause_s = self._retries.pause_s(
                         error, failed, writes=writes, idempotent=idempotent
                     )
-                    if pause_s is None or clock() + pause_s >= deadline:
+                    if pause_s is None or self._closed or clock() + pause_s >= deadline:
                         raise
                 self.retried += 1
                 await asyncio.sleep(pause_s)
@@ -111,6 +111,8 @@ class Core:
 
     async def _connected(self, within_s: float) -> Connection:
         """A connection that stands. Raises Unavailable: nothing was sent."""
+        if self._closed:  # while it paused
+            raise Unavailable("this client is closed")
         clock = asyncio.get_running_loop().time
         deadline = clock() + within_s
         alone = len(self._addresses) == 1

@@ -91,7 +91,7 @@ class Multiplex(Generic[Answer]):
             del self._asked[tag]
 
     async def close(self) -> None:
-        self._break(Unavailable("the client was closed"), happened=False)
+        self._break(Unavailable("the client was closed"), happened=self._writes)
         self._call.cancel()
         self._receiver.cancel()
         await asyncio.gather(self._sender, self._receiver, return_exceptions=True)

@@ -24,7 +24,7 @@ from shoal.node.v1 import node_pb2 as pb
 from shoal.rpc import codec
 from shoal.rpc.channel import RpcSettings, node_metadata, open_channel
 from shoal.rpc.exchange import Exchange
-from shoal.rpc.faults import from_rpc_error, timed_out
+from shoal.rpc.faults import from_rpc_error, lost, timed_out
 from shoal.storage_api import (
     FreshRead,
     Guard,
@@ -73,6 +73,7 @@ class NodeClient:
         self._metadata = node_metadata(node_id)
         self._channel = open_channel(address, self._settings)
         self._reads, self._bulk = self._exchange(), self._exchange()
+        self._closed = False
 
     def _exchange(self) -> Exchange:
         return Exchange(
@@ -86,6 +87,7 @@ class NodeClient:
 
     async def close(self) -> None:
         """Whatever still waits fails. May be called twice."""
+        self._closed = True
         await asyncio.gather(self._reads.close(), self._bulk.close())
         await self._channel.close()
 
@@ -170,6 +172,9 @@ class NodeClient:
             raise from_rpc_error(error, self._peer, write=False) from None
         except TimeoutError:
             raise timed_out(self._peer, write=False) from None
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            self._unless_closed(write=False)
+            raise
         finally:
             call.cancel()
 
@@ -188,7 +193,17 @@ class NodeClient:
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self._peer, write=write) from None
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            self._unless_closed(write=write)
+            raise
         return answer
+
+    def _unless_closed(self, *, write: bool) -> None:
+        """Closing a channel looks to its callers as if somebody had cancelled them: raises
+        Unavailable if it was that."""
+        task = asyncio.current_task()
+        if self._closed and (task is None or not task.cancelling()):
+            raise lost(self._peer, "this process closed it", maybe_applied=write) from None
 
 
 def _serialize(message: Message) -> bytes:

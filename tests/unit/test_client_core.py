@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shoal.api.grpc_status import DETAILS_KEY, code_of, detail_of, pack_details
-from shoal.client import AsyncClient, Batch, RetryPolicy
+from shoal.client import AsyncClient, Batch, Client, RetryPolicy
 from shoal.errors import (
     BadRequest,
     BodyTooLarge,
@@ -439,3 +439,57 @@ def test_a_closed_client_says_so():
             await client.count("c")
 
     asyncio.run(main())
+
+
+def test_what_was_sent_before_the_client_was_closed_may_have_happened():
+    async def test(client: AsyncClient, server: Scripted) -> None:
+        batch = Batch([1], np.ones((1, 2), np.float32))
+        uploading = asyncio.create_task(client.upload("c", batch, idempotent=False))
+        await server.heard.wait()
+        await client.close()
+        with pytest.raises(Unavailable, match="closed") as told:
+            await uploading
+        assert told.value.maybe_applied
+        assert len(server.requests) == 1
+
+    run([HANG], test=test)
+
+
+def test_calls_under_way_fail_when_the_client_is_closed():
+    async def test(client: AsyncClient, server: Scripted) -> None:
+        deleting = asyncio.create_task(client.delete("c", [1], idempotent=True))
+        await server.heard.wait()
+        await client.close()
+        with pytest.raises(Unavailable, match="closed") as told:
+            await deleting
+        assert told.value.maybe_applied
+        assert server.calls == ["Delete"]  # and nothing more is sent
+
+    run([HANG], test=test, retry=RetryPolicy(pause_s=0.2))
+
+
+def test_a_client_that_is_closed_during_a_pause_sends_nothing_more():
+    async def test(client: AsyncClient, server: Scripted) -> None:
+        retries, failed = client._core._retries, asyncio.Event()
+        asked = retries.pause_s
+
+        def pause_s(*args: Any, **options: Any) -> float | None:
+            failed.set()
+            return asked(*args, **options)
+
+        retries.pause_s = pause_s
+        counting = asyncio.create_task(client.count("c"))
+        await failed.wait()
+        await client.close()
+        with pytest.raises(Unavailable, match="closed"):
+            await counting
+        assert server.calls == ["Count"]
+
+    run([Unavailable("not now")], test=test, retry=RetryPolicy(pause_s=0.2))
+
+
+def test_a_closed_blocking_client_says_so():
+    client = Client("127.0.0.1:1")
+    client.close()
+    with pytest.raises(Unavailable, match="this client is closed"):
+        client.count("c")

@@ -501,6 +501,27 @@ async def test_another_node_at_the_address():
 
 # -- the end --------------------------------------------------------------------------------------
 @in_loop
+async def test_calls_under_way_fail_when_a_client_is_closed():
+    """As it is when its node has another address by now: its callers were not cancelled."""
+    node, began = FakeNode(), asyncio.Event()
+
+    async def hangs(_: Any) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    node.create_shard = hangs
+    async with served(node) as (_, client):
+        creating = asyncio.create_task(client.create_shard(spec()))
+        await began.wait()
+        await client.close()
+        with pytest.raises(Unavailable, match="this process closed it") as raised:
+            await creating
+        assert raised.value.maybe_applied
+        with pytest.raises(Unavailable, match="this process closed it"):
+            await client.status()
+
+
+@in_loop
 async def test_closing_a_server_answers_what_is_at_work():
     node = FakeNode()
     async with served(node) as (server, client):
