@@ -25,15 +25,7 @@ __all__ = ["decode_message", "encode_message"]
 def encode_message(message: Message) -> bytes:
     match message:
         case Append():
-            entries = [wire.LogEntry(term=e.term, data=e.data) for e in message.entries]
-            append = wire.Append(
-                prev=message.prev,
-                prev_term=message.prev_term,
-                entries=entries,
-                committed=message.committed,
-                sent_at=message.sent_at,
-            )
-            body = wire.ReplicaBody(term=message.term, append=append)
+            body = _encode_append(message)
         case Appended(term=term, match=match, echo=echo):
             body = wire.ReplicaBody(term=term, appended=wire.Appended(match=match, echo=echo))
         case Probe(term=term, sent_at=sent_at):
@@ -54,6 +46,18 @@ def encode_message(message: Message) -> bytes:
         case _:
             assert_never(message)
     return body.SerializeToString()
+
+
+def _encode_append(message: Append) -> wire.ReplicaBody:
+    """Filled in place: a message that is put into another one later is copied, with all its points."""
+    body = wire.ReplicaBody(term=message.term)
+    append = body.append
+    append.prev, append.prev_term = message.prev, message.prev_term
+    append.committed, append.sent_at = message.committed, message.sent_at
+    add = append.entries.add
+    for entry in message.entries:
+        add(term=entry.term, data=entry.data)
+    return body
 
 
 def decode_message(data: bytes) -> Message:
