@@ -24,7 +24,7 @@ import grpc.aio
 
 from index_node.jobs import claimed, failed, next_job
 from shoal import limits, telemetry
-from shoal.errors import BadRequest, NotFound, ShoalError, Unavailable
+from shoal.errors import BadRequest, NotFound, ShoalError
 from shoal.files_api import FileChunk, FileSource, fetch_file
 from shoal.index_api import BuildJob, IndexBuilder
 from shoal.metadata.contract import Compare, KeyValue, MetadataStore
@@ -99,8 +99,8 @@ class IndexNode:
                     await self._changed.wait()
                 else:
                     await self._take(*found)
-            except ShoalError as error:
-                _log.warning("index_job_failed", why=error.message)
+            except Exception as error:  # ours too: who is alive and idle helps nobody
+                _log.error("index_job_failed", error=error)
                 await asyncio.sleep(_RETRY_S)
 
     def _jobs(self) -> list[tuple[IndexJobRecord, int]]:
@@ -127,14 +127,14 @@ class IndexNode:
         started = time.monotonic()
         try:
             output = await self._build(mine)
+            size, crc = await asyncio.to_thread(_sum, output)
         except _SourceGone as error:
             _log.warning("index_source_gone", job=job.key, why=str(error))
             await self._end(mine, lambda job: failed(job, source_gone=True))
-        except ShoalError as error:
-            _log.error("index_failed", job=job.key, why=error.message)
+        except Exception as error:  # a full disk too: as long as it is ours nobody else takes it
+            _log.error("index_failed", job=job.key, error=error)
             await self._end(mine, lambda job: failed(job, source_gone=False))
         else:
-            size, crc = await asyncio.to_thread(_sum, output)
             artifact = IndexArtifact(
                 size=size, crc32c=crc, built_on="cpu", seconds=time.monotonic() - started
             )
@@ -184,7 +184,7 @@ class IndexNode:
             try:
                 source = self._sources(job.source)
                 await fetch_file(source, job.offer, _offered(job), vectors, job.vectors)
-            except (Unavailable, NotFound) as error:
+            except ShoalError as error:
                 raise _SourceGone(error.message) from error
             await self._builder.build(
                 BuildJob(
@@ -233,8 +233,8 @@ class IndexNode:
 
     async def _clean(self) -> None:
         """What was built is kept for a while; then record and file go. So does a job that has had no
-        source for so long: nobody waits for it."""
-        sourceless: dict[str, float] = {}  # key -> since when, as seen here
+        source for so long, or that nobody builds any more: nobody waits for it."""
+        unwanted: dict[str, float] = {}  # key -> since when, as seen here
         while True:
             await asyncio.sleep(_JANITOR_S)
             now, records = time.monotonic(), {job.key: (job, r) for job, r in self._jobs()}
@@ -246,9 +246,13 @@ class IndexNode:
                     await self._delete(key, revision)
                 del self._artifacts[key]
                 await asyncio.to_thread(shutil.rmtree, path.parent, True)
-            without = {key for key, (job, _) in records.items() if not job.source}
-            sourceless = {key: sourceless.get(key, now) for key in without}
-            for key, since in sourceless.items():
+            now_unwanted = [
+                key
+                for key, (job, _) in records.items()
+                if not job.source or job.failures >= limits.INDEX_JOB_FAILURES_MAX
+            ]
+            unwanted = {key: unwanted.get(key, now) for key in now_unwanted}
+            for key, since in unwanted.items():
                 if now - since >= limits.INDEX_ARTIFACT_KEEP_S:
                     await self._delete(key, records[key][1])
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from shoal import limits, telemetry
 from shoal.batch import unpack_bits
-from shoal.errors import ShardStopped, StorageFull, Unavailable, must
+from shoal.errors import ShardStopped, ShoalError, StorageFull, Unavailable, must
 from shoal.index_api import BuildJob, IndexBuilder, IndexOf
 from shoal.settings import StorageSettings
 from shoal.storage_api import ShardSpec
@@ -66,8 +66,8 @@ class Upkeep:
     """What its owner calls: `open`, then the `loops` as tasks; `applied` after every entry;
     `wait_for_room` and `seal_due` before more are logged; `end`, then `close`.
 
-    propose      put a Seal or Merge in the log; done when it is applied. Raises StorageFull or
-                 Unavailable when it is not: it is proposed again later.
+    propose      put a Seal or Merge in the log; done when it is applied. Raises ShoalError when it is
+                 not, or nobody knows: it is proposed again later, if it is still due.
     may_propose  whether this replica decides; the others only do what the log says. Only one that
                  has applied all that is in its log may: segment numbers in there are taken.
     """
@@ -307,7 +307,9 @@ class Upkeep:
             try:
                 while not self._closing and await self._optimise_once():
                     pass
-            except (StorageFull, Unavailable) as error:
+            except ShardStopped:
+                raise
+            except ShoalError as error:
                 _log.warning("optimise_waits", why=error.message)
                 if isinstance(error, StorageFull) and self.state.merges:
                     self._merge_blocked = error
@@ -490,13 +492,16 @@ class Upkeep:
                 check_space, self.folder, graph_bytes + self._settings.disk_free_bytes_min
             )
             async with self._lanes.build:
-                await self._builder.build(job)
+                with storage_errors(temporary):
+                    await self._builder.build(job)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, Unavailable):
+            # Whatever the builder, or the metadata store behind it, has to say: later once more.
+            if isinstance(error, ShoalError) and not isinstance(error, StorageFull | ShardStopped):
                 wait = min(2 * self._build_after.get(key, (0.0, _RETRY_S / 2))[1], _RETRY_S_MAX)
                 self._build_after[key] = (time.monotonic() + wait, wait)
                 _log.error("index_failed", segment=segment.folder, why=error.message, retry_s=wait)
+                raise Unavailable(error.message) from error
             raise
         self._build_after.pop(key, None)
 
