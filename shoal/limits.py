@@ -101,6 +101,7 @@ BUS_QUEUE_MESSAGES_MAX = 8_192  # waiting for one peer; more are dropped, the re
 BUS_QUEUE_BYTES_MAX = 64 * MIB
 ERROR_TEXT_BYTES_MAX = 2 * KIB  # of an error in gRPC metadata, which holds 8 KiB in all
 APPLY_QUEUE_BYTES_MAX = 256 * MIB  # committed and not yet applied; more, and the replica stops
+CLOSE_WAIT_S = 1.0  # of a replica that closes, for the acknowledgements of others
 STALE_WAIT_S = 0.25  # how long a read waits for a replica to catch up before another is asked
 
 # -- index jobs -----------------------------------------------------------------------------------

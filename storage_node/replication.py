@@ -65,6 +65,10 @@ class ReplicationOwner(Protocol):
         ...
 
 
+class _ClosedWithoutSpace(Exception):
+    """The shard closes while a cut waits for space."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Rotate:
     """Begin a new log file, so that the ones before can be trimmed."""
@@ -184,7 +188,10 @@ class Replication:
             await self._disk_wake.wait()
             self._disk_wake.clear()
             while self._disk:
-                await self._next_on_disk()
+                try:
+                    await self._next_on_disk()
+                except _ClosedWithoutSpace:
+                    return
             if self._closing:
                 return
 
@@ -198,7 +205,7 @@ class Replication:
                     _log.warning("log_not_rotated", why=error.message)
                 return
             case Cut(ticket, after):
-                await self._lanes.log(self._log.cut, after)
+                await self._cut(after)
             case Persist():
                 ticket, entries = self._gathered(work)
                 try:
@@ -212,11 +219,26 @@ class Replication:
                 assert_never(work)
         self._step(Persisted(ticket))
 
+    async def _cut(self, after: int) -> None:
+        """A cut writes a file anew, so it takes space, and nothing can go on before it is done."""
+        while True:
+            try:
+                await self._lanes.log(self._log.cut, after)
+                return
+            except StorageFull as error:
+                _log.warning("log_not_cut", why=error.message)
+            if self._closing:
+                raise _ClosedWithoutSpace  # the next start finds the entries, as after a crash
+            await asyncio.sleep(_RETRY_S)
+
     def _gathered(self, first: Persist) -> tuple[int, list[Entry]]:
-        """The Persists that wait one after the other, as one; the ticket of the last."""
+        """The Persists of one term that wait one after the other, as one; the ticket of the last.
+        What fails for want of space must leave nothing on the disk, hence one term: one write."""
         entries, ticket = list(first.entries), first.ticket
         size = sum(len(entry.data) for entry in entries)
         while self._disk and isinstance(following := self._disk[0], Persist):
+            if following.entries[0].term != entries[-1].term:
+                break
             size += sum(len(entry.data) for entry in following.entries)
             if size > limits.LOG_GROUP_BYTES_MAX:
                 break

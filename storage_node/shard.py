@@ -18,6 +18,7 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -88,8 +89,12 @@ class Membership(Protocol):
 
 @dataclass(slots=True)
 class _Pending:
+    """term: of the primary that took it. In another one it is refused: what it rests on (segment
+    numbers, what a condition found) may have changed in between."""
+
     op: LogEntry
     size: int
+    term: int
     done: asyncio.Future[WriteResult]
 
 
@@ -136,7 +141,7 @@ class Shard:
         self._to_apply: deque[Entry] = deque()  # committed, not yet applied
         self._to_apply_bytes = 0
         self._apply_wake = asyncio.Event()
-        self._applied = asyncio.Event()  # something was applied
+        self._applied = asyncio.Event()  # something was applied, or another read may be answered
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
         self.stop_error: BaseException | None = None
@@ -198,18 +203,19 @@ class Shard:
         self._upkeep.end()
         for event in (self._wake, self._apply_wake):
             event.set()
+        gone = Unavailable("the server shut down before this write was done")
         if self._tasks and self._replication is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._tasks[0]
+            # Other replicas may never answer: nobody takes them out of the in-sync set any more.
+            wait_s = None if self._membership.alone else limits.CLOSE_WAIT_S
+            await asyncio.wait(self._tasks[:1], timeout=wait_s)
+            self._abandon_all(gone, maybe=True)
+            self._tasks[0].cancel()
             await self._replication.close()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._tasks[1]
+            await asyncio.wait(self._tasks[:2])
         for task in self._tasks[2:]:
             task.cancel()
-        await asyncio.gather(*self._tasks[2:], return_exceptions=True)
-        self._abandon_all(
-            Unavailable("the server shut down before this write was done"), maybe=True
-        )
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._abandon_all(gone, maybe=True)
         await self._upkeep.close()
         self._log.close()
 
@@ -250,10 +256,12 @@ class Shard:
         if self._replication is not None and self.stopped is None:
             self._replication.configure(config)
             self._upkeep.role_changed()
+            self._applied.set()
 
     def receive(self, sender: str, message: Message) -> None:
         if self._replication is not None and self.stopped is None:
             self._replication.receive(sender, message)
+            self._applied.set()  # the lease may have come
 
     def tick(self) -> None:
         if self._replication is not None and self.stopped is None:
@@ -297,7 +305,16 @@ class Shard:
             self.state.applied >= guard.min_applied
             and self._replication is not None
             and self._in_sync()
-            and not (guard.strong and not self._replication.lease_held)
+            and not (guard.strong and (self._lags() or not self._replication.lease_held))
+        )
+
+    def _lags(self) -> bool:
+        """Whether this primary has not yet applied all that earlier ones may have answered for."""
+        replication = self._replication
+        return (
+            replication is not None
+            and replication.is_primary
+            and self.state.applied < replication.replica.inherited
         )
 
     def _in_sync(self) -> bool:
@@ -354,8 +371,15 @@ class Shard:
             f"{self._membership.node}: {why}; nothing was written"
         )
 
+    def _check_term(self, term: int) -> None:
+        if term != self.term:
+            raise NotPrimary(
+                f"the primary of shard {self.spec.key.shard} changed while this write waited; nothing "
+                "was written"
+            )
+
     def _enqueue(self, op: LogEntry, size: int) -> asyncio.Future[WriteResult]:
-        pending = _Pending(op, size, asyncio.get_running_loop().create_future())
+        pending = _Pending(op, size, self.term, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         self._queued_bytes += size
         self._wake.set()
@@ -370,8 +394,10 @@ class Shard:
                 try:
                     await self._log_group(group)
                 except BaseException as error:
+                    stopped = ShardStopped(f"the shard stopped: {error}")
+                    stopped.maybe_applied = True
                     for pending in group:  # those answered already stay answered
-                        _fail(pending.done, ShardStopped(f"the shard stopped: {error}"))
+                        _fail(pending.done, stopped)
                     raise
                 await self._seal_if_full()
             if self._closing:
@@ -404,9 +430,11 @@ class Shard:
         if isinstance(first, Seal | Merge) or ShardState.asks(first):
             await self._all_applied()
         accepted: list[tuple[asyncio.Future[WriteResult], LogEntry]] = []
+        term = self.term
         for pending in group:
             op = pending.op
             try:
+                self._check_term(pending.term)
                 parts = [op] if isinstance(op, Seal | Merge) else self.state.resolve(op)
             except ShoalError as error:
                 _fail(pending.done, error)
@@ -418,14 +446,14 @@ class Shard:
                 accepted.append((pending.done, entries[0]))
             else:
                 await self._log_parts(pending, entries)
-        await self._submit(accepted)
+        await self._submit(accepted, term)
 
     async def _log_parts(self, pending: _Pending, entries: list[LogEntry]) -> None:
         """A write of many points, an entry at a time: reads go on in between."""
         missing: int | None = None
         for position, entry in enumerate(entries):
             part: asyncio.Future[WriteResult] = asyncio.get_running_loop().create_future()
-            await self._submit([(part, entry)])
+            await self._submit([(part, entry)], pending.term)
             try:
                 result = await part
             except ShoalError as error:
@@ -442,9 +470,10 @@ class Shard:
         _answer(pending.done, WriteResult(self.state.applied, missing))
 
     async def _submit(
-        self, accepted: Sequence[tuple[asyncio.Future[WriteResult], LogEntry]]
+        self, accepted: Sequence[tuple[asyncio.Future[WriteResult], LogEntry]], term: int
     ) -> None:
-        """Hand entries to the replication; returns when they are on our disk, or will never be."""
+        """Hand entries of this term to the replication; returns when they are on our disk, or will
+        never be."""
         if not accepted:
             return
         replication = self._replication
@@ -453,6 +482,7 @@ class Shard:
             await self._upkeep.wait_for_room()
             check_space(self.folder, self._settings.disk_free_bytes_min)
             self._check_primary()  # it was when the write came
+            self._check_term(term)
         except ShoalError as error:
             for done, _ in accepted:
                 _fail(done, error)
@@ -461,7 +491,6 @@ class Shard:
         for position, (done, entry) in enumerate(accepted):
             self._waiting.append(_Waiting(sequence + position, entry, done))
         last = sequence + len(accepted) - 1
-        term = replication.replica.term
         replication.submit(tuple(encode(entry) for _, entry in accepted))
         await replication.until(
             lambda: (
@@ -473,8 +502,8 @@ class Shard:
         )
 
     async def _all_applied(self) -> None:
-        """Every entry that was submitted is applied, or was given up."""
-        while self._waiting and self.stopped is None:
+        """Every entry that was submitted is applied, or was given up; and all that was inherited."""
+        while (self._waiting or self._lags()) and self.stopped is None:
             self._applied.clear()
             await self._applied.wait()
 
@@ -485,7 +514,7 @@ class Shard:
         if seal is None:
             return
         done: asyncio.Future[WriteResult] = asyncio.get_running_loop().create_future()
-        await self._submit([(done, seal)])
+        await self._submit([(done, seal)], self.term)
         await self._all_applied()
         with contextlib.suppress(ShoalError):  # stays growing; the next write finds it full again
             await done
@@ -529,7 +558,7 @@ class Shard:
                     await asyncio.sleep(_APPLY_RETRY_S)
                     continue
                 some, size = [self._to_apply[0]], len(self._to_apply[0].data)
-                for entry in list(self._to_apply)[1:64]:
+                for entry in islice(self._to_apply, 1, 64):
                     size += len(entry.data)
                     if size > _APPLY_AT_ONCE_BYTES:
                         break
