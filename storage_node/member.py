@@ -13,13 +13,12 @@ that lost everything (a new etcd under an old address) deletes nothing here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal import telemetry
-from shoal.errors import BadRequest, NotFound, ShoalError
+from shoal.errors import BadRequest, InvariantError, NotFound, ShoalError
 from shoal.files_api import FileChunk, FileSnapshot, FileSource
 from shoal.index_api import IndexBuilder
 from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
@@ -50,7 +49,7 @@ __all__ = ["ClusterNode"]
 _log = telemetry.logger("member")
 _RETRY_S = 1.0
 _EXPIRE_S = 60.0  # between two looks for snapshots that nobody fetches from any more
-_REPAIR_S = 30.0  # after an install that failed, of a full disk most likely
+_REPAIR_S = 10.0  # after a replica that could not be opened or deleted: a full disk, most likely
 
 
 class ClusterNode:
@@ -91,7 +90,8 @@ class ClusterNode:
         )
         self._store, self._send, self._sources = store, send, sources
         self._metadata_lost, self._settings = metadata_lost, settings
-        self._fetching: set[ShardKey] = set()
+        self._fetching: dict[ShardKey, asyncio.Task[None]] = {}
+        self._repairing: set[ShardKey] = set()  # reconciled again in a while
         self._records = Watched(
             store, [COLLECTIONS_PREFIX, SHARDS_PREFIX], on_change=self._on_change
         )
@@ -137,10 +137,11 @@ class ClusterNode:
             _log.error("replica_unknown", folder=self.storage.folder(key))
         self.storage.delete_all_but(list(kept))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -155,7 +156,7 @@ class ClusterNode:
                 shard.tick()
             if (now := asyncio.get_running_loop().time()) >= expires:
                 expires = now + _EXPIRE_S
-                await self._outgoing.expire()
+                self._spawn(self._outgoing.expire())  # no heartbeat waits for a disk
 
     # -- what the records say ---------------------------------------------------------------------
     def _on_change(self, events: Sequence[Event]) -> None:
@@ -184,33 +185,61 @@ class ClusterNode:
         return None if record is None else shard_spec(record, key.shard)
 
     async def _reconcile(self, key: ShardKey) -> None:
-        """Make this node agree with the record, as it is now."""
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            found = self._record(key)
-            if found is None:
-                if self.storage.find(key) is not None:
-                    _log.info("replica_deleted", shard=key, why="its collection was deleted")
-                    await self.storage.drop_shard(key)
-                self._locks.pop(key, None)
-                return
-            record, revision = found
-            shard = self.storage.find(key)
-            if self.node in record.leaving and self.node not in record.members():
-                await self._leave(key, record, revision)
-            elif shard is not None:
-                shard.configure(self._config(record, revision))
-            else:
-                await self._open(key, record)
+        """Make this node agree with the record, as it is now. What a disk or the metadata store does
+        not let happen is tried again: no news of the record need come."""
+        try:
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                await self._agree(key)
+        except (ShoalError, OSError) as error:
+            _log.error("replica_waits", shard=key, why=str(error), retry_s=_REPAIR_S)
+            self._reconcile_later(key)
+
+    async def _agree(self, key: ShardKey) -> None:
+        found = self._record(key)
+        shard = self.storage.find(key)
+        if found is None:
+            if shard is not None or self.storage.folder(key).exists():
+                _log.info("replica_deleted", shard=key, why="its collection was deleted")
+                await self._drop(key)
+            self._locks.pop(key, None)
+            return
+        record, revision = found
+        if self.node in record.leaving and self.node not in record.members():
+            await self._leave(key, record, revision)
+        elif shard is not None:
+            shard.configure(self._config(record, revision))
+        else:
+            await self._open(key, record)
+
+    def _reconcile_later(self, key: ShardKey) -> None:
+        async def reconcile() -> None:
+            await asyncio.sleep(_REPAIR_S)
+            self._repairing.discard(key)
+            await self._reconcile(key)
+
+        if key not in self._repairing:
+            self._repairing.add(key)
+            self._spawn(reconcile())
+
+    async def _drop(self, key: ShardKey) -> None:
+        """The download first: it would make anew what is deleted."""
+        fetching = self._fetching.get(key)
+        if fetching is not None:
+            fetching.cancel()
+            await asyncio.wait([fetching])
+            self._fetching.pop(key, None)  # it may not even have begun
+        await self.storage.drop_shard(key)
 
     async def _open(self, key: ShardKey, record: ShardRecord) -> None:
         spec = self._spec(key)
         if spec is None:
             return  # the collection's record is on its way
         if self.storage.folder(key).exists():
-            await self._reopen(key, spec)
+            # A crash may have come while an empty one was being made: nothing is lost with it.
+            await self._reopen(key, spec, new=self.node in record.joining)
         elif self.node in record.joining:
             _log.info("replica_joins", shard=key, primary=record.primary)
-            self.storage.folder(key).mkdir(parents=True)
+            self.storage.make_folder(key)
             await self.storage.open_shard(spec, new=True)
         elif self.node in record.in_sync and self._started:
             return  # being created; the coordinator asks for it in a moment
@@ -250,10 +279,10 @@ class ClusterNode:
 
     async def _leave(self, key: ShardKey, record: ShardRecord, revision: int) -> None:
         _log.info("replica_deleted", shard=key, why="the cluster has enough copies without it")
-        await self.storage.drop_shard(key)
+        await self._drop(key)
         left = record.model_copy(update={"leaving": [n for n in record.leaving if n != self.node]})
-        with contextlib.suppress(ShoalError):  # the record comes again while we are in it
-            await self._store.txn([Compare(record.key, revision)], {record.key: left.to_bytes()})
+        # When it was changed meanwhile, it comes again.
+        await self._store.txn([Compare(record.key, revision)], {record.key: left.to_bytes()})
 
     # -- what replicas ask of their node ----------------------------------------------------------
     @property
@@ -316,53 +345,53 @@ class ClusterNode:
     # -- files of replicas ------------------------------------------------------------------------
     def fetch_files(self, shard: ShardKey, source: str) -> None:
         if shard not in self._fetching:
-            self._fetching.add(shard)
-            self._spawn(self._join_by_files(shard, source))
+            self._fetching[shard] = self._spawn(self._join_by_files(shard, source))
 
     async def _join_by_files(self, key: ShardKey, source: str) -> None:
         """Take over the files of the primary; the log from there on then comes by itself. Without
         success the replica is opened anew as it was: the primary says again that it needs files, and
         the download goes on where it ended."""
-        folder = self.storage.folder(key)
         complete = False
         try:
-            _log.info("replica_is_fetched", shard=key, source=source)
-            await download(
-                self._sources(source),
-                key,
-                folder,
-                disk_free_bytes_min=self._settings.disk_free_bytes_min,
-            )
-            complete = True
-        except ShoalError as error:
-            _log.warning("replica_not_fetched", shard=key, source=source, why=error.message)
-            await asyncio.sleep(_RETRY_S)
-        try:
+            complete = await self._download(key, source)
             async with self._locks.setdefault(key, asyncio.Lock()):
                 found, spec = self._record(key), self._spec(key)
                 if found is None or spec is None:
                     return  # deleted meanwhile
                 await self.storage.close_shard(key)
                 if self.node not in found[0].joining:
-                    await asyncio.to_thread(discard, folder)
+                    await asyncio.to_thread(discard, self.storage.folder(key))
                 elif complete:
-                    await asyncio.to_thread(install, folder)
+                    await asyncio.to_thread(install, self.storage.folder(key))
                 await self._reopen(key, spec)
-        except ShoalError as error:
-            _log.error("replica_not_taken_over", shard=key, why=error.message)
-            self._spawn(self._reconcile_later(key))
+        except (ShoalError, OSError) as error:
+            _log.error("replica_not_taken_over", shard=key, why=str(error), retry_s=_REPAIR_S)
+            self._reconcile_later(key)
         finally:
-            self._fetching.discard(key)
+            self._fetching.pop(key, None)
 
-    async def _reopen(self, key: ShardKey, spec: ShardSpec) -> None:
+    async def _download(self, key: ShardKey, source: str) -> bool:
+        """Whether everything is here. No error of disk, wire or ours may keep the replica from being
+        opened again: its part in the replication is over."""
+        _log.info("replica_is_fetched", shard=key, source=source)
+        try:
+            await download(
+                self._sources(source),
+                key,
+                self.storage.folder(key),
+                disk_free_bytes_min=self._settings.disk_free_bytes_min,
+            )
+            return True
+        except (ShoalError, OSError, InvariantError) as error:
+            _log.warning("replica_not_fetched", shard=key, source=source, why=str(error))
+            await asyncio.sleep(_RETRY_S)
+            return False
+
+    async def _reopen(self, key: ShardKey, spec: ShardSpec, *, new: bool = False) -> None:
         folder = self.storage.folder(key)
         await asyncio.to_thread(finish_install, folder)
         await asyncio.to_thread(clear_outgoing, folder)
-        await self.storage.open_shard(spec, new=False)
-
-    async def _reconcile_later(self, key: ShardKey) -> None:
-        await asyncio.sleep(_REPAIR_S)
-        await self._reconcile(key)
+        await self.storage.open_shard(spec, new=new)
 
     async def snapshot(self, shard: ShardKey) -> FileSnapshot:
         """The files of a replica here, see shoal/files_api.py."""

@@ -100,6 +100,7 @@ class StorageNode:
         self._lanes = Lanes()
         SHARED.bytes_max = settings.filter_cache_bytes_max
         self._shards: dict[ShardKey, Shard] = {}
+        self._creating: dict[ShardKey, asyncio.Future[None]] = {}
         self._dropping: dict[ShardKey, asyncio.Future[None]] = {}
 
     async def start(self, specs: Sequence[ShardSpec]) -> None:
@@ -132,6 +133,9 @@ class StorageNode:
                 collection.rmdir()
 
     async def close(self) -> None:
+        for creating in list(self._creating.values()):
+            creating.cancel()  # the metadata store may not answer
+            await asyncio.wait([creating])
         await asyncio.gather(*(shard.close() for shard in self._shards.values()))
         self._shards.clear()
         await self._lanes.close()
@@ -156,6 +160,13 @@ class StorageNode:
         shard = self._shards.pop(key, None)
         if shard is not None:
             await shard.close()
+
+    def make_folder(self, key: ShardKey) -> None:
+        """For a new replica. Its name is durable when this returns."""
+        folder = self.folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        for parent in (folder.parent, self.directory):
+            sync_folder(parent)
 
     def folder(self, key: ShardKey) -> Path:
         return self.directory / str(key.collection_id) / str(key.shard)
@@ -182,15 +193,28 @@ class StorageNode:
 
     # -- Node -------------------------------------------------------------------------------------
     async def create_shard(self, spec: ShardSpec) -> None:
-        if spec.key in self._shards:
-            return
-        folder = self.folder(spec.key)
-        folder.mkdir(parents=True, exist_ok=True)
-        for parent in (folder.parent, self.directory):
-            sync_folder(parent)
+        """It is there, and knows its configuration, when this returns. What was begun is done to the
+        end, also when the caller goes away: half a replica would be taken for a whole one."""
+        creating = self._creating.get(spec.key)
+        if creating is None:
+            found = self._shards.get(spec.key)
+            if found is not None:
+                found.check_serving()
+                return
+            creating = self._creating[spec.key] = asyncio.ensure_future(self._create(spec))
+            creating.add_done_callback(lambda done: self._created(spec.key, done))
+        await asyncio.shield(creating)
+
+    def _created(self, shard: ShardKey, done: asyncio.Future[None]) -> None:
+        del self._creating[shard]
+        if not done.cancelled() and (error := done.exception()) is not None:
+            _log.warning("shard_not_created", shard=shard, why=str(error))
+
+    async def _create(self, spec: ShardSpec) -> None:
+        self.make_folder(spec.key)
         shard = await self.open_shard(spec, new=True, fresh=True)
         if shard.stopped is not None:  # the disk is full, most likely: leave nothing half made
-            await self.drop_shard(spec.key)
+            await self._drop(spec.key)
             raise shard.stop_error or Unavailable(shard.stopped)
 
     async def drop_shard(self, shard: ShardKey) -> None:
@@ -198,9 +222,14 @@ class StorageNode:
         twice at once (by a coordinator, and by the record that is gone) it is done once."""
         dropping = self._dropping.get(shard)
         if dropping is None:
-            dropping = self._dropping[shard] = asyncio.ensure_future(self._drop(shard))
+            dropping = self._dropping[shard] = asyncio.ensure_future(self._drop_whole(shard))
             dropping.add_done_callback(lambda _: self._dropping.pop(shard, None))
         await asyncio.shield(dropping)
+
+    async def _drop_whole(self, shard: ShardKey) -> None:
+        if (creating := self._creating.get(shard)) is not None:
+            await asyncio.wait([creating])
+        await self._drop(shard)
 
     async def _drop(self, shard: ShardKey) -> None:
         found = self._shards.pop(shard, None)
