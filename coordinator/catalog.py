@@ -29,9 +29,11 @@ from typing import Any, Self, TypeVar
 
 from pydantic import JsonValue
 
+from coordinator.binding import bound_models
 from coordinator.creation import check_factors, check_name, check_request, unknown_fields
 from coordinator.routing import ShardGone
 from shoal.api.models import CreateCollection
+from shoal.encoder_api import ModelInfo
 from shoal.errors import (
     AlreadyExists,
     BadRequest,
@@ -49,6 +51,7 @@ from shoal.metadata.schema import (
     COLLECTIONS_PREFIX,
     NODES_PREFIX,
     SHARDS_PREFIX,
+    BoundModel,
     CollectionRecord,
     CollectionState,
     IdRecord,
@@ -119,6 +122,7 @@ class Catalog:
     ) -> None:
         self._store, self._storage, self._settings = store, storage, settings
         self._local_node = local_node
+        self.models: Callable[[], Sequence[ModelInfo]] = tuple  # those that could be served now
         self._collections: dict[str, Collection] = {}
         self._gone: dict[str, int] = {}  # deleted here, at this revision; the watch will tell too
         self._unfinished: dict[str, asyncio.TimerHandle] = {}
@@ -272,6 +276,10 @@ class Catalog:
         unreachable at once; a crash in between leaves files that the nodes remove."""
         return await self._to_end(self._delete(name))
 
+    async def set_fingerprint(self, name: str, vector: str, fingerprint: str) -> None:
+        """Write down which weights a bound vector is of, if nobody has yet."""
+        await self._to_end(self._set_fingerprint(name, vector, fingerprint))
+
     async def set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         """Write down, or with None remove, a payload index. Results never depend on it."""
         await self._to_end(self._set_index(name, field, params))
@@ -354,6 +362,22 @@ class Catalog:
             await _together([self._storage.drop_shard(key) for key in shards])
         except ShoalError as error:
             _log.warning("shards_not_dropped", why=error.message)
+
+    async def _set_fingerprint(self, name: str, vector: str, fingerprint: str) -> None:
+        def changed(record: CollectionRecord) -> CollectionRecord | None:
+            bound = record.models.get(vector)
+            if bound is None or bound.fingerprint is not None:
+                return None
+            models = {
+                **record.models,
+                vector: BoundModel(model=bound.model, fingerprint=fingerprint),
+            }
+            return record.model_copy(update={"models": models})
+
+        async with self._lock:
+            await self._read(name)
+            found = self.get(name)
+            await self._swap(found.record, found.revision, changed)
 
     async def _set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         def changed(record: CollectionRecord) -> CollectionRecord | None:
@@ -463,7 +487,10 @@ class Catalog:
             entries, _ = await self._store.range(SHARDS_PREFIX)
             present = [ShardRecord.from_bytes(e.key, e.value) for e in entries]
             members = place(shard_number, factor or 1, nodes, present)
+        models = bound_models(request, self.models())
         record = CollectionRecord(
+            version=2 if models else 1,
+            models=models,
             id=await self._new_id(),
             name=name,
             state=CollectionState.CREATING,

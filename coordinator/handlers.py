@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from coordinator import requests
+from coordinator.binding import check_declared
 from coordinator.catalog import Collection
 from coordinator.creation import index_params
 from coordinator.describe import describe_collection, describe_status
@@ -52,6 +54,18 @@ W = TypeVar("W")
 
 async def _collection(call: Call) -> Collection:
     return await call.coordinator.catalog.find(call.params["collection_name"])
+
+
+def _check_model(call: Call, collection: Collection, vectors: Iterable[str]) -> None:
+    """The header `shoal-model` says which model the vectors of a request are of; those that are bound
+    to another one are refused."""
+    if collection.record.models and (declared := call.header(b"shoal-model")) is not None:
+        known = call.coordinator.models()
+        check_declared(collection.record.models, vectors, declared, known)
+
+
+def _vectors_of(write: AnyWrite) -> Iterable[str]:
+    return write.points.dense if isinstance(write, PointsWrite) else ()
 
 
 def _fresh(call: Call, collection: Collection) -> Read:
@@ -106,8 +120,15 @@ async def cluster_peers(call: Call) -> bytes:
 
 async def embed(call: Call) -> bytes:
     request = validate(models.EmbedRequest, call.body)
-    vectors = await call.coordinator.embed(request.texts, request.model)
-    return msgspec.json.encode({"vectors": vectors.tolist(), "model": request.model})
+    embedded = await call.coordinator.encode(request.texts, request.model)
+    return msgspec.json.encode(
+        {
+            "vectors": embedded.vectors.tolist(),
+            "model": request.model,
+            "tokens": embedded.tokens.tolist(),
+            "truncated": np.flatnonzero(embedded.truncated).tolist(),
+        }
+    )
 
 
 # -- collections ----------------------------------------------------------------------------------
@@ -186,6 +207,8 @@ async def delete_index(call: Call) -> bytes:
 async def query(call: Call) -> bytes:
     collection = await _collection(call)
     request = requests.parse_query(call.body)
+    if request.vector is not None:
+        _check_model(call, collection, (request.using,))
     hits = await call.coordinator.query(collection, request, _fresh(call, collection))
     return render_hits(hits, with_vectors=request.with_vectors is not False)
 
@@ -260,6 +283,7 @@ async def clear_payload(call: Call) -> bytes:
 async def batch_update(call: Call) -> bytes:
     collection = await _collection(call)
     writes = await _parsed(call, requests.parse_operations, collection.fields)
+    _check_model(call, collection, [name for write in writes for name in _vectors_of(write)])
     done = await call.coordinator.write_all(collection, writes)
     return b"[" + b",".join([_written(call, one) for one in done]) + b"]"
 
@@ -268,6 +292,7 @@ async def put_batch(call: Call) -> bytes:
     """A serialized PointBatch: what `shoal import` sends, four times cheaper than JSON."""
     collection = await _collection(call)
     points = await _parsed(call, _batch_of, collection.fields)
+    _check_model(call, collection, points.dense)
     done = await call.coordinator.write(collection, PointsWrite(points))
     return b'{"points":%d,%b' % (len(points), _written(call, done)[1:])
 
@@ -283,6 +308,7 @@ def _batch_of(body: bytes, fields: VectorFields) -> PointBatch:
 async def _write(call: Call, parse: Callable[[bytes, VectorFields], AnyWrite]) -> bytes:
     collection = await _collection(call)
     request = await _parsed(call, parse, collection.fields)
+    _check_model(call, collection, _vectors_of(request))
     return _written(call, await call.coordinator.write(collection, request))
 
 

@@ -23,7 +23,7 @@ from coordinator.freshness import format_token
 from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
 from coordinator.routing import ShardGone
-from coordinator.service import Coordinator
+from coordinator.service import Coordinator, truncated_texts
 from shoal.errors import (
     BadRequest,
     BodyTooLarge,
@@ -71,6 +71,11 @@ class Call:
     health: Callable[[], HealthReport]
     metrics: Metrics
     written: dict[ShardKey, int] = field(default_factory=dict)
+
+    def header(self, name: bytes) -> str | None:
+        """name: in lower case. The first, when it was sent several times."""
+        found = next((value for key, value in self.headers if key == name), None)
+        return None if found is None else found.decode("latin-1")
 
     def token(self) -> str | None:
         """The `shoal-token` that the client sent; several are joined."""
@@ -178,13 +183,17 @@ class Api:
         call = Call(
             self._coordinator, params, scope["headers"], body, options, self._health, self.metrics
         )
+        truncated_texts.set(0)
         if options.timeout_s is None:
             result = await self._handled(route, call)
         else:
             result = await _within(options.timeout_s, self._handled(route, call))
         if isinstance(result, bytes):
             body = render_result(result, perf_counter() - started)
-            return Answer(200, body, headers=call.token_header() if call.written else ())
+            headers = call.token_header() if call.written else ()
+            if truncated := truncated_texts.get():
+                headers += ((b"shoal-truncated-texts", b"%d" % truncated),)
+            return Answer(200, body, headers=headers)
         return result
 
     async def _handled(self, route: Route, call: Call) -> bytes | Answer:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from coordinator import handlers
+from coordinator.embeddings import EmbeddingsRequest, EmbeddingsResult, embeddings
 from coordinator.http import Route
 from shoal.api import models
 from shoal.api.models import Envelope
@@ -40,6 +41,10 @@ _SERVER = (
         "GET", f"{_C}/cluster", "collection_cluster_info", handlers.collection_cluster,
         "Where the replicas of a collection are",
         result=Envelope[models.CollectionCluster], tag="cluster",
+    ),
+    Route(
+        "POST", "/v1/embeddings", "embeddings", embeddings, "Turn texts into vectors, as OpenAI does",
+        request=EmbeddingsRequest, result=EmbeddingsResult, tag="server",
     ),
     Route(
         "POST", "/shoal/v1/embed", "embed", handlers.embed, "Turn texts into vectors",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator import gather
+from coordinator.binding import check_text
 from coordinator.catalog import Catalog, Collection
 from coordinator.cluster import (
     ClusterState,
@@ -38,7 +40,7 @@ from coordinator.parse import (
 from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, ScrollQuery
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
-from shoal.encoder_api import Encoder, ModelInfo
+from shoal.encoder_api import Embedding, Encoder, ModelInfo
 from shoal.errors import BadRequest, NotFound, NotSupported, ShoalError, must
 from shoal.ids import PointIds, format_id
 from shoal.metadata.contract import MetadataStore
@@ -76,9 +78,12 @@ from shoal.storage_api import (
 )
 from shoal.vectors import VectorField, VectorFields, prepare_query
 
-__all__ = ["Coordinator", "Written"]
+__all__ = ["Coordinator", "Written", "truncated_texts"]
 
 T = TypeVar("T")
+
+# Texts of the request at hand that were longer than their model reads; for the answer's header.
+truncated_texts: ContextVar[int] = ContextVar("truncated_texts", default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ class Coordinator:
         self._node_id, self._local_node = node_id, local_node
         self._encoder = encoder
         self.catalog = Catalog(store, storage, settings, local_node)
+        self.catalog.models = self.models
 
     async def start(self) -> None:
         """Read the catalog and follow it. The storage node may be started after this."""
@@ -192,7 +198,10 @@ class Coordinator:
         if query.vector is not None:
             raw = query.vector
         elif query.text is not None:
-            raw = (await self.embed([query.text.text], query.text.model))[0].astype(np.float64)
+            texts, model = [query.text.text], query.text.model
+            raw = (await self._embed_for(collection, query.using, texts, model))[0].astype(
+                np.float64
+            )
         else:
             must(query.point is not None, "a search without vector, text and point")
             return await self._vector_of(collection, cast(int, query.point), query.using, to, read)
@@ -314,7 +323,7 @@ class Coordinator:
         if not isinstance(request, PointsWrite):
             return request
         if request.texts:
-            await self._embed_into(request.points, request.texts, collection.fields)
+            await self._embed_into(collection, request.points, request.texts)
         prepare_points(request.points, collection.fields)
         if request.vectors_only:
             return UpdateVectors(request.points, request.update_filter)
@@ -378,25 +387,50 @@ class Coordinator:
     # -- texts ------------------------------------------------------------------------------------
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
         """(n, dim) float32, rows of length 1. Raises NotSupported when there is no encoder."""
+        return (await self.encode(texts, model)).vectors
+
+    async def encode(
+        self, texts: Sequence[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
+        """As `embed`, with what was read of each text. fingerprint: of the only weights to use."""
         if self._encoder is None:
             raise NotSupported(
                 "Wrong input: this server has no encoder, so texts cannot become vectors: send "
                 "vectors, or start it with the encoder"
             )
-        return await self._encoder.embed(texts, model)
+        embedded = await self._encoder.encode(texts, model, fingerprint)
+        truncated = int(embedded.truncated.sum())
+        if truncated:
+            truncated_texts.set(truncated_texts.get() + truncated)
+        return embedded
 
     def models(self) -> list[ModelInfo]:
         return [] if self._encoder is None else self._encoder.models()
 
+    async def _embed_for(
+        self, collection: Collection, vector: str, texts: Sequence[str], model: str
+    ) -> NDArray[np.float32]:
+        """Texts that become that vector. Raises BadRequest when it is bound to another model, or to
+        other weights."""
+        bound = collection.record.models.get(vector)
+        if bound is None:
+            return (await self.encode(texts, model)).vectors
+        check_text(bound, vector, model, self.models())
+        embedded = await self.encode(texts, model, bound.fingerprint)
+        if bound.fingerprint is None and embedded.fingerprint is not None:
+            await self.catalog.set_fingerprint(collection.name, vector, embedded.fingerprint)
+        return embedded.vectors
+
     async def _embed_into(
-        self, points: PointBatch, texts: Sequence[PendingText], fields: VectorFields
+        self, collection: Collection, points: PointBatch, texts: Sequence[PendingText]
     ) -> None:
-        """Fill in the rows that wait for a text, one call per model."""
-        for model in sorted({text.model for text in texts}):
-            waiting = [text for text in texts if text.model == model]
-            vectors = await self.embed([text.text for text in waiting], model)
+        """Fill in the rows that wait for a text, one call per model and vector."""
+        for model, name in sorted({(text.model, text.name) for text in texts}):
+            waiting = [text for text in texts if (text.model, text.name) == (model, name)]
+            given = [text.text for text in waiting]
+            vectors = await self._embed_for(collection, name, given, model)
+            to = collection.fields.dense[name]
             for text, vector in zip(waiting, vectors, strict=True):
-                to = fields.dense[text.name]
                 if len(vector) != to.dim:
                     raise BadRequest(
                         f"Wrong input: Vector dimension error: expected dim: {to.dim}, got "

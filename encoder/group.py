@@ -49,7 +49,9 @@ def run_group(settings: EncoderProcess) -> None:
         from encoder.rank import SETTINGS_VARIABLE, run_rank
     except ImportError as error:
         raise StartupError(f"The package {error.name!r} is missing; {INSTALL_HINT}") from error
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # A process that ends is told by the hub, in our words; the agent would add its own traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)
     size = settings.tp * settings.pp
     _log.info("rank_group_starts", model=name, tp=settings.tp, pp=settings.pp)
     with tempfile.TemporaryDirectory(prefix="shoal-encoder-") as scratch:

@@ -325,7 +325,11 @@ def _resident_bytes() -> int:
 def run_rank() -> None:
     """The whole life of one process, as encoder/group.py has it started. Ends the process unless all
     went well."""
-    status = _live()
+    try:
+        status = _live()
+    except Exception as error:
+        _log.error("rank_failed", error=error)
+        status = EXIT_BROKEN
     if status:
         sys.stderr.flush()
         os._exit(status)

@@ -19,8 +19,8 @@ from encoder.batching import Lane
 from encoder.engine import Engine
 from encoder.model import TextTokenizer, TokenizedText
 from shoal.encoder.v1 import encoder_pb2 as pb
-from shoal.encoder_api import ModelInfo, check_texts, resolve_model
-from shoal.errors import InvariantError, ShoalError, Unavailable
+from shoal.encoder_api import ModelInfo, check_texts, resolve_model, wrong_weights
+from shoal.errors import InvariantError, ShoalError
 from shoal.rpc.channel import NODE_HEADER, node_metadata
 from shoal.rpc.codec import encode_error
 from shoal.telemetry import logger
@@ -116,10 +116,7 @@ class EncoderServer:
         info = self._info
         resolve_model(request.model, {info.name: info.aliases})
         if request.fingerprint not in ("", info.fingerprint):
-            raise Unavailable(
-                f"{self._node_id} holds {info.name} with the fingerprint {info.fingerprint}, not "
-                f"{request.fingerprint}"
-            )
+            raise wrong_weights(info.name, request.fingerprint, info.fingerprint)
         texts = list(request.texts)
         size = check_texts(texts)
         if not texts:

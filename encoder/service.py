@@ -32,7 +32,14 @@ from encoder.model import (
     bundled_model_path,
     find_model,
 )
-from shoal.encoder_api import DEFAULT_MODEL, Embedding, ModelInfo, check_texts, resolve_model
+from shoal.encoder_api import (
+    DEFAULT_MODEL,
+    Embedding,
+    ModelInfo,
+    check_texts,
+    resolve_model,
+    wrong_weights,
+)
 from shoal.errors import (
     Busy,
     InvariantError,
@@ -136,8 +143,14 @@ class LocalEncoder:
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
         return (await self.encode(texts, model)).vectors
 
-    async def encode(self, texts: Sequence[str], model: str) -> Embedding:
+    async def encode(
+        self, texts: Sequence[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
         name = self._resolve(model)
+        if fingerprint is not None:
+            own = self._entries[name].fingerprint or (await self.prepare(name)).fingerprint
+            if own != fingerprint:
+                raise wrong_weights(name, fingerprint, own)
         byte_count = check_texts(texts)
         dim, n = self._entries[name].folder.dim, len(texts)
         request = _Request(
@@ -148,7 +161,7 @@ class LocalEncoder:
             truncated=np.empty(n, np.bool_),
         )
         if n == 0:
-            return Embedding(request.vectors, request.tokens, request.truncated)
+            return self._embedding(name, request)
         request_id = next(self._ids)
         with self._wake:
             self._check_open()
@@ -310,9 +323,9 @@ class LocalEncoder:
         entry.texts_total += len(rows)
         entry.truncated_total += sum(row.text.truncated for row in rows)
         for row, vector in zip(rows, vectors, strict=True):
-            self._fill(row, vector)
+            self._fill(row, vector, batch.model)
 
-    def _fill(self, row: _Row, vector: NDArray[np.float32]) -> None:
+    def _fill(self, row: _Row, vector: NDArray[np.float32], model: str) -> None:
         request = self._requests.get(row.request_id)
         if request is None:
             return
@@ -323,7 +336,12 @@ class LocalEncoder:
         if request.remaining == 0:
             with self._wake:
                 self._requests.pop(row.request_id, None)
-            _answer(request.future, Embedding(request.vectors, request.tokens, request.truncated))
+            _answer(request.future, self._embedding(model, request))
+
+    def _embedding(self, model: str, request: _Request) -> Embedding:
+        return Embedding(
+            request.vectors, request.tokens, request.truncated, self._entries[model].fingerprint
+        )
 
     def _loaded(self, name: str) -> TextModel:
         entry = self._entries[name]

@@ -29,6 +29,7 @@ __all__ = [
     "Precision",
     "check_texts",
     "resolve_model",
+    "wrong_weights",
 ]
 
 DEFAULT_MODEL = "sentence-transformers/all-minilm-l6-v2"
@@ -69,11 +70,13 @@ class Embedding:
     vectors    (n, dim) float32, C-contiguous, each row of length 1.
     tokens     (n,) int32: tokens read, special ones included; at most max_tokens.
     truncated  (n,) bool: the text was longer than that, and its end does not count.
+    fingerprint  of the model that computed them.
     """
 
     vectors: NDArray[np.float32]
     tokens: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    fingerprint: str | None = None
 
 
 class Encoder(Protocol):
@@ -92,8 +95,14 @@ class Encoder(Protocol):
         """
         ...
 
-    async def encode(self, texts: Sequence[str], model: str) -> Embedding:
-        """As `embed`, and says how many tokens were read and which texts were cut."""
+    async def encode(
+        self, texts: Sequence[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
+        """As `embed`, and says how many tokens were read and which texts were cut.
+
+        fingerprint  of the model that must compute it, where several of one name are served.
+                     BadRequest (`wrong_weights`) when none of them has it.
+        """
         ...
 
     async def prepare(self, model: str) -> ModelInfo:
@@ -122,6 +131,15 @@ def resolve_model(name: str, aliases_by_model: Mapping[str, Iterable[str]]) -> s
     known = ", ".join(sorted(aliases_by_model)) or "none; this server has no encoder"
     raise BadRequest(
         f"Wrong input: model {name!r} is not known here; models of this server: {known}"
+    )
+
+
+def wrong_weights(model: str, wanted: str, served: str | None) -> BadRequest:
+    """A model is there under its name, and is another one."""
+    return BadRequest(
+        f"Wrong input: these vectors are of {model} with the fingerprint {wanted}, and what is served "
+        f"under that name has {served}. Vectors of different weights cannot be compared: serve the "
+        "model with the old weights, or make the collection anew with the new ones"
     )
 
 

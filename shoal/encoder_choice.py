@@ -26,8 +26,10 @@ class EitherEncoder:
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
         return await self._for(model).embed(texts, model)
 
-    async def encode(self, texts: Sequence[str], model: str) -> Embedding:
-        return await self._for(model).encode(texts, model)
+    async def encode(
+        self, texts: Sequence[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
+        return await self._for(model).encode(texts, model, fingerprint)
 
     async def prepare(self, model: str) -> ModelInfo:
         return await self._for(model).prepare(model)

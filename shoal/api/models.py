@@ -186,6 +186,9 @@ class VectorParams(ConfigBlock):
     hnsw_config: HnswConfig | None = None
     multivector_config: MultiVectorConfig | None = None
     on_disk: bool | None = None
+    shoal_model: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="The model that its vectors are of; see coordinator/binding.py."
+    )
 
 
 class SparseVectorParams(ConfigBlock):
@@ -657,10 +660,13 @@ class EmbedRequest(Strict):
 
 
 class EmbedResult(BaseModel):
-    """vectors: (texts, dim), each of length 1."""
+    """vectors: (texts, dim), each of length 1. tokens: read of each text. truncated: positions of
+    texts that were longer than the model reads."""
 
     vectors: list[list[float]]
     model: str
+    tokens: list[int]
+    truncated: list[int]
 
 
 class BatchResult(UpdateResult):

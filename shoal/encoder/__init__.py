@@ -1,1 +1,1 @@
-"""What storage nodes are asked over the wire; generated from proto/shoal/node."""
+"""What encoders are asked over the wire; generated from proto/shoal/encoder."""

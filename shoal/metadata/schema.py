@@ -38,6 +38,7 @@ __all__ = [
     "NEVER_INDEXED",
     "NODES_PREFIX",
     "SHARDS_PREFIX",
+    "BoundModel",
     "CollectionRecord",
     "CollectionState",
     "EncoderFacts",
@@ -121,9 +122,21 @@ class CollectionState(StrEnum):
     ACTIVE = "active"
 
 
+class BoundModel(BaseModel):
+    """The model that a vector is bound to. fingerprint: of its weights, once a text was embedded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    fingerprint: str | None = None
+
+
 class CollectionRecord(Record):
     """config is the creation request as it was sent; payload_schema maps a JSON path to the payload
-    index that was asked for, as it was sent."""
+    index that was asked for, as it was sent; models maps a vector to the model that it is bound to,
+    which makes it the second form of this record."""
+
+    newest: ClassVar[int] = 2
 
     id: int = Field(ge=1)
     name: str
@@ -131,6 +144,7 @@ class CollectionRecord(Record):
     shard_number: int = Field(ge=1)
     config: dict[str, JsonValue]
     payload_schema: dict[str, dict[str, JsonValue]] = {}
+    models: dict[str, BoundModel] = {}
 
     @property
     def key(self) -> str:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import grpc
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.encoder.v1 import encoder_pb2 as pb
-from shoal.encoder_api import Embedding, ModelInfo, check_texts, resolve_model
-from shoal.errors import Busy, FormatTooNew, NotSupported, ShoalError, TimedOut, Unavailable, must
+from shoal.encoder_api import Embedding, ModelInfo, check_texts, resolve_model, wrong_weights
+from shoal.errors import Busy, FormatTooNew, NotSupported, ShoalError, TimedOut, Unavailable
 from shoal.limits import RPC_IN_FLIGHT_MAX
 from shoal.metadata.contract import KeyValue
 from shoal.metadata.schema import NODES_PREFIX, EncoderFacts, NodeRecord, NodeRole
@@ -37,6 +37,8 @@ __all__ = ["EncoderClient", "GroupStatus"]
 
 _SERVICE = "/shoal.encoder.v1.Encoder/"
 STATUS_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 0.8
+_BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 0.5
 POLL_S = 1.0  # between questions for the depth of queues, while there is more than one group
 AVOID_S = 1.0  # a group that was lost is asked last for so long
 _BYTES_PER_TOKEN = 4.0  # of texts not yet cut into tokens; only to compare groups with
@@ -70,7 +72,11 @@ class EncoderClient:
         self, entries: Mapping[str, KeyValue], *, settings: RpcSettings | None = None
     ) -> None:
         self._entries = entries
-        self._settings = settings if settings is not None else RpcSettings()
+        given = settings if settings is not None else RpcSettings()
+        # A group that does not take a call is passed over sooner than a storage node.
+        self._settings = replace(given, connect_timeout_s=CONNECT_TIMEOUT_S)
+        self._seen: dict[str, EncoderFacts] = {}  # by model: served once, whether it is now or not
+        self._totals: dict[str, _Totals] = {}
         self._read: dict[str, tuple[KeyValue, NodeRecord | None]] = {}
         self._groups: dict[str, _Group] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -81,31 +87,36 @@ class EncoderClient:
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
         return (await self.encode(texts, model)).vectors
 
-    async def encode(self, texts: Sequence[str], model: str) -> Embedding:
+    async def encode(
+        self, texts: Sequence[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
         size = check_texts(texts)
         facts = self._facts(model)
         if not texts:
-            return _empty(facts.dim)
-        request = pb.EmbedRequest(model=facts.model, texts=texts)
+            return _empty(facts)
+        request = pb.EmbedRequest(model=facts.model, fingerprint=fingerprint or "", texts=texts)
         tokens = int(size / _BYTES_PER_TOKEN) + len(texts)
         failure: ShoalError | None = None
-        for group in self._by_load(facts.model):
+        started_s = asyncio.get_running_loop().time()
+        for group in self._by_load(facts.model, fingerprint):
             try:
                 reply = await group.ask(request, tokens)
             except (Unavailable, TimedOut, Busy) as error:
                 failure = _worse(failure, error)
             else:
-                return _embedding(reply, len(texts), facts.dim)
-        must(failure is not None, "a model that is served has a group")
-        raise failure if failure is not None else Unavailable("no encoder")
+                answer = _embedding(reply, len(texts), facts.dim)
+                took_s = asyncio.get_running_loop().time() - started_s
+                self._totals.setdefault(facts.model, _Totals()).add(answer, took_s)
+                return answer
+        raise failure if failure is not None else _nobody(facts.model)
 
     async def prepare(self, model: str) -> ModelInfo:
-        return _info(self._facts(model))
+        return self._info(self._facts(model))
 
     def models(self) -> list[ModelInfo]:
         found: dict[str, ModelInfo] = {}
         for _, facts in self._serving():
-            found.setdefault(facts.model, _info(facts))
+            found.setdefault(facts.model, self._info(facts))
         return [found[name] for name in sorted(found)]
 
     async def close(self) -> None:
@@ -153,22 +164,47 @@ class EncoderClient:
         return record
 
     def _facts(self, model: str) -> EncoderFacts:
-        """What is served under that name. Raises NotSupported without any encoder, BadRequest for an
-        unknown model."""
+        """What is served under that name. Raises NotSupported where there never was an encoder,
+        Unavailable while the groups of a model are gone, BadRequest for an unknown model."""
         if self._closed:
             raise Unavailable("this process is shutting down")
-        serving = [facts for _, facts in self._serving()]
-        if not serving:
+        serving = {facts.model: facts for _, facts in reversed(self._serving())}
+        self._seen |= serving
+        if not self._seen:
             raise NotSupported(
-                "Texts cannot be embedded here: this cluster has no encoder at the moment; start one "
-                "with `shoal encoder serve`, or send vectors"
+                "Texts cannot be embedded here: this cluster has no encoder; start one with `shoal "
+                "encoder serve`, or send vectors"
             )
-        name = resolve_model(model, {facts.model: facts.aliases for facts in serving})
-        return next(facts for facts in serving if facts.model == name)
+        name = resolve_model(model, {facts.model: facts.aliases for facts in self._seen.values()})
+        if name not in serving:
+            raise _nobody(name)
+        return serving[name]
 
-    def _by_load(self, model: str) -> list[_Group]:
-        """Groups that serve the model, the one with the least to do first."""
-        serving = [record for record, facts in self._serving() if facts.model == model]
+    def _info(self, facts: EncoderFacts) -> ModelInfo:
+        totals = self._totals.get(facts.model, _Totals())
+        return ModelInfo(
+            name=facts.model,
+            dim=facts.dim,
+            max_tokens=facts.max_tokens,
+            fingerprint=facts.fingerprint,
+            aliases=tuple(facts.aliases),
+            loaded=True,
+            precision=facts.precision,
+            texts_total=totals.texts,
+            truncated_total=totals.truncated,
+            busy_s_total=totals.waited_s,
+        )
+
+    def _by_load(self, model: str, fingerprint: str | None) -> list[_Group]:
+        """Groups that serve the model, the one with the least to do first. Raises BadRequest when all
+        that do have other weights."""
+        serving = [
+            record
+            for record, facts in self._serving()
+            if facts.model == model and fingerprint in (None, facts.fingerprint)
+        ]
+        if not serving and fingerprint is not None:
+            raise wrong_weights(model, fingerprint, self._seen[model].fingerprint)
         groups = [self._group(record) for record in serving if not record.draining]
         if len(groups) > 1 and self._poller is None:
             self._poller = asyncio.create_task(self._poll(), name="encoder-depths")
@@ -195,6 +231,20 @@ class EncoderClient:
                     self._groups[status.node].waiting_tokens = status.reply.waiting_tokens
 
 
+@dataclass(slots=True)
+class _Totals:
+    """What this process has had embedded by one model."""
+
+    texts: int = 0
+    truncated: int = 0
+    waited_s: float = 0.0
+
+    def add(self, answer: Embedding, took_s: float) -> None:
+        self.texts += len(answer.tokens)
+        self.truncated += int(answer.truncated.sum())
+        self.waited_s += took_s
+
+
 class _Group:
     """One group: its connection, and the requests that wait there.
 
@@ -204,6 +254,8 @@ class _Group:
     def __init__(self, node: str, address: str, settings: RpcSettings) -> None:
         self.node, self.address = node, address
         self.avoid_until_s = 0.0
+        self._blocked_until_s, self._failures = 0.0, 0  # connections in a row that were not made
+        self._blocked_by = ""
         self.waiting_tokens = self._sent_tokens = 0
         self._settings = settings
         self._peer = f"encoder {node} at {address}"
@@ -269,14 +321,22 @@ class _Group:
         if self._call is not None and not self._call.done():
             return self._call
         if self._opening is None:
+            if asyncio.get_running_loop().time() < self._blocked_until_s:
+                raise Unavailable(self._blocked_by)
             self._opening = asyncio.create_task(self._open())
             self._opening.add_done_callback(self._opening_ended)
         return await asyncio.shield(self._opening)
 
     def _opening_ended(self, task: asyncio.Task[EmbedCall]) -> None:
         self._opening = None
-        if not task.cancelled():
-            task.exception()  # whoever waited has it
+        error = None if task.cancelled() else task.exception()  # whoever waited has it
+        if error is None:
+            self._failures = 0
+            return
+        pause_s = min(BACKOFF_S_MAX, _BACKOFF_S_MIN * 2**self._failures)
+        self._failures = min(self._failures + 1, 8)
+        self._blocked_until_s = asyncio.get_running_loop().time() + pause_s
+        self._blocked_by = str(error)
 
     async def _open(self) -> EmbedCall:
         open_call = self._channel.stream_stream(
@@ -345,20 +405,15 @@ def _worse(known: ShoalError | None, error: ShoalError) -> ShoalError:
     return known if isinstance(known, Busy) else error
 
 
-def _info(facts: EncoderFacts) -> ModelInfo:
-    return ModelInfo(
-        name=facts.model,
-        dim=facts.dim,
-        max_tokens=facts.max_tokens,
-        fingerprint=facts.fingerprint,
-        aliases=tuple(facts.aliases),
-        loaded=True,
-        precision=facts.precision,
+def _nobody(model: str) -> Unavailable:
+    return Unavailable(
+        f"No encoder serves {model} at the moment; send the request again in a few seconds."
     )
 
 
-def _empty(dim: int) -> Embedding:
-    return Embedding(np.empty((0, dim), np.float32), np.empty(0, np.int32), np.empty(0, np.bool_))
+def _empty(facts: EncoderFacts) -> Embedding:
+    vectors = np.empty((0, facts.dim), np.float32)
+    return Embedding(vectors, np.empty(0, np.int32), np.empty(0, np.bool_), facts.fingerprint)
 
 
 def _embedding(reply: pb.EmbedReply, count: int, dim: int) -> Embedding:
@@ -374,5 +429,8 @@ def _embedding(reply: pb.EmbedReply, count: int, dim: int) -> Embedding:
     truncated = np.zeros(count, np.bool_)
     truncated[list(reply.truncated)] = True
     return Embedding(
-        vectors.reshape(count, dim).astype(np.float32), tokens.astype(np.int32), truncated
+        vectors.reshape(count, dim).astype(np.float32),
+        tokens.astype(np.int32),
+        truncated,
+        reply.fingerprint or None,
     )

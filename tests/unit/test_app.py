@@ -12,12 +12,11 @@ import httpx
 import numpy as np
 import pytest
 from fakes.storage import FakeStorage
-from numpy.typing import NDArray
 
 from coordinator.app import create_app
 from coordinator.service import Coordinator
 from shoal.api.models import CreateCollection
-from shoal.encoder_api import ModelInfo
+from shoal.encoder_api import Embedding, ModelInfo
 from shoal.errors import BadRequest, Busy, ShardStopped, StorageFull
 from shoal.health import Health, HealthReport
 from shoal.limits import BODY_BYTES_MAX
@@ -33,10 +32,14 @@ C = "/collections/c"
 class LengthEncoder:
     """An encoder whose vector of a text is its length: no model, no waiting."""
 
-    async def embed(self, texts: list[str], model: str) -> NDArray[np.float32]:
+    async def encode(
+        self, texts: list[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
         if model != "lengths":
             raise BadRequest(f"Wrong input: unknown model {model}; known: lengths")
-        return np.array([[len(t), 1, 0, 0] for t in texts], np.float32)
+        vectors = np.array([[len(t), 1, 0, 0] for t in texts], np.float32)
+        lengths = np.array([len(t) for t in texts], np.int32)
+        return Embedding(vectors, np.minimum(lengths, 8), lengths > 8, "f" * 64)
 
     def models(self) -> list[ModelInfo]:
         return [ModelInfo("lengths", 4, 8, None)]

@@ -1,0 +1,1 @@
+"""Version 1: generated from proto/shoal/encoder/v1."""
