@@ -25,7 +25,7 @@ __all__ = ["decode_message", "encode_message"]
 def encode_message(message: Message) -> bytes:
     match message:
         case Append():
-            body = _encode_append(message)
+            return _encode_append(message)
         case Appended(term=term, match=match, echo=echo):
             body = wire.ReplicaBody(term=term, appended=wire.Appended(match=match, echo=echo))
         case Probe(term=term, sent_at=sent_at):
@@ -48,8 +48,17 @@ def encode_message(message: Message) -> bytes:
     return body.SerializeToString()
 
 
-def _encode_append(message: Append) -> wire.ReplicaBody:
-    """Filled in place: a message that is put into another one later is copied, with all its points."""
+class _LastAppend:
+    """A primary says the same to each of its followers, one after the other."""
+
+    message: Append | None = None
+    data = b""
+
+
+def _encode_append(message: Append) -> bytes:
+    if message == _LastAppend.message:
+        return _LastAppend.data
+    # Filled in place: a message that is put into another one later is copied, with all its points.
     body = wire.ReplicaBody(term=message.term)
     append = body.append
     append.prev, append.prev_term = message.prev, message.prev_term
@@ -57,7 +66,8 @@ def _encode_append(message: Append) -> wire.ReplicaBody:
     add = append.entries.add
     for entry in message.entries:
         add(term=entry.term, data=entry.data)
-    return body
+    _LastAppend.message, _LastAppend.data = message, body.SerializeToString()
+    return _LastAppend.data
 
 
 def decode_message(data: bytes) -> Message:
