@@ -37,6 +37,7 @@ MAY_IMPORT_NODES = {
 }
 MAY_IMPORT_NODES_LAZILY = {"shoal/cli.py", "shoal/demo.py"}
 FAISS_HOME = "shoal/faiss_index.py"
+ETCD_HOME = "shoal/metadata/etcd"
 MAY_PRINT = ("shoal/cli.py", "shoal/demo.py", "shoal/importing/")
 ALL_PUBLIC = ("__init__.py", "__main__.py", "limits.py", "handlers.py")  # lists by nature
 FILE_LINES_MAX = 900
@@ -154,6 +155,15 @@ def faiss_has_one_home(file: File) -> Iterator[str]:
         for name, line, _ in file.imports():
             if name.partition(".")[0] == "faiss":
                 yield f"{file.path}:{line} imports faiss; ask {FAISS_HOME}"
+
+
+@rule
+def etcd_has_one_home(file: File) -> Iterator[str]:
+    """All others know `shoal/metadata/contract.py`."""
+    if not file.path.startswith(ETCD_HOME):
+        for node, _ in _walk(file.tree, at_top=True):
+            if isinstance(node, ast.Import | ast.ImportFrom) and "etcd_pb2" in ast.unparse(node):
+                yield f"{file.path}:{node.lineno} imports etcd_pb2; ask {ETCD_HOME}*.py"
 
 
 @rule
@@ -297,6 +307,11 @@ BROKEN = {
     ],
     "product_imports_no_tests": [("shoal/x.py", DOC + "from tests import harness")],
     "faiss_has_one_home": [("storage_node/x.py", DOC + "def f():\n    import faiss")],
+    "etcd_has_one_home": [
+        ("shoal/roles/x.py", DOC + "from shoal.metadata import etcd_pb2 as pb"),
+        ("monitor/x.py", DOC + "def f():\n    import shoal.metadata.etcd_pb2"),
+        ("tests/x.py", "from shoal.metadata.etcd_pb2 import KeyValue"),
+    ],
     "pure_modules_are_pure": [
         ("monitor/health.py", DOC + "from time import monotonic"),
         ("coordinator/gather.py", DOC + "import os.path"),
@@ -335,6 +350,7 @@ def test_rules_let_the_right_thing_pass():
         File("shoal/x.py", DOC + "if TYPE_CHECKING:\n    from coordinator import app"),
         File("coordinator/x.py", DOC + "from coordinator.gather import merge_hits"),
         File("shoal/x.py", DOC + "datetime.now(UTC)"),
+        File("shoal/metadata/etcd_watch.py", DOC + "from shoal.metadata import etcd_pb2"),
         File(
             "shoal/x.py",
             DOC + "class A:\n    def f(self):\n        raise NotImplementedError\n"
