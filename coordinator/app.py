@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, Response
 
 from coordinator.hot import App, HotPath
 from coordinator.http import Answer, Api, Route
+from coordinator.metrics import Metrics
 from coordinator.render import render_error
 from coordinator.routes import ROUTES, UNSUPPORTED
 from coordinator.service import Coordinator
@@ -61,12 +62,14 @@ def create_app(
     health: Callable[[], HealthReport],
     api_key: str | None,
     read_only_api_key: str | None,
+    metrics: Metrics | None = None,
 ) -> App:
     """The application to give to an ASGI server.
 
-    health: the monitor's latest report. Without api_key everybody may do everything.
+    health: the monitor's latest report. Without api_key everybody may do everything. metrics: shared
+    with what else the process answers.
     """
-    api = Api(coordinator, health, api_key, read_only_api_key)
+    api = Api(coordinator, health, api_key, read_only_api_key, metrics or Metrics())
     app = FastAPI(
         title="Shoal",
         version=VERSION,

@@ -13,7 +13,7 @@ from typing import Any
 
 from coordinator.catalog import Collection
 from shoal.errors import ShoalError
-from shoal.metadata.schema import NodeRecord, NodeRole, ShardRecord
+from shoal.metadata.schema import NodeRecord, NodeRole, ShardRecord, TakenAction
 from shoal.storage_api import ReplicaStatus, ShardInfo, ShardKey
 
 __all__ = [
@@ -30,7 +30,7 @@ class ClusterState:
     """One look at the metadata.
 
     node    who looks. alone: a server of one machine, which has no other nodes to speak of.
-    leader  the monitor that acts, None while there is none.
+    leader  the monitor that acts, None while there is none. actions: its last ones, oldest first.
     """
 
     node: str
@@ -38,6 +38,7 @@ class ClusterState:
     nodes: Mapping[str, NodeRecord]
     shards: Mapping[ShardKey, ShardRecord]
     leader: str | None
+    actions: Sequence[TakenAction] = ()
 
     def lost(self, node: str) -> bool:
         return node not in self.nodes
@@ -132,15 +133,30 @@ def describe_cluster(
             silent[node] = answer.message
         else:
             said.update({(node, status.key): status for status in answer})
+    names = {collection.record.id: collection.name for collection in collections}
     holders = {node for record in state.shards.values() for node, _ in _replicas(record)}
     return {
         "node": state.node,
         "mode": "one machine" if state.alone else "cluster",
         "leader": state.leader,
+        "actions": [_action(action, names) for action in reversed(state.actions)],
         "nodes": [
             _node(name, state, silent.get(name)) for name in sorted({*state.nodes, *holders})
         ],
         "collections": [_collection(collection, state, said) for collection in collections],
+    }
+
+
+def _action(action: TakenAction, names: Mapping[int, str]) -> dict[str, Any]:
+    """collection: None when it is gone."""
+    return {
+        "at": action.at.isoformat(timespec="milliseconds"),
+        "action": action.action,
+        "collection": names.get(action.collection_id),
+        "shard": action.shard,
+        "node": action.node,
+        "outcome": action.outcome,
+        "reason": action.reason,
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any, NoReturn
 
 import grpc
@@ -25,6 +26,7 @@ from coordinator.auth import ApiKeys, given_key
 from coordinator.grpc_calls import CALLS, UnaryCall, search, upsert
 from coordinator.grpc_parse import decode
 from coordinator.grpc_stream import Context, Stream, StreamKind
+from coordinator.metrics import Metrics
 from coordinator.service import Coordinator
 from shoal.api.grpc_status import DETAILS_KEY, code_of, detail_of, pack_details
 from shoal.errors import Busy, ShoalError, StartupError, Unavailable
@@ -70,6 +72,7 @@ class GrpcApi:
 
     api_key, read_only_api_key  as for HTTP: in the metadata `api-key`, or `authorization: Bearer`.
     Health and reflection need none.
+    metrics                     shared with HTTP: requests at work are bounded for both together.
     """
 
     def __init__(
@@ -78,15 +81,16 @@ class GrpcApi:
         *,
         api_key: str | None = None,
         read_only_api_key: str | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._coordinator = coordinator
+        self._metrics = metrics or Metrics()
         self._keys = ApiKeys(api_key, read_only_api_key)
         self._server: grpc.aio.Server | None = None
         self._health: Any = None
         self._streams: set[Stream[Any]] = set()
         self._stopping = False
         self._closing: set[asyncio.Task[None]] = set()
-        self._in_flight = 0
         self._body_bytes = 0  # of the requests in flight
 
     # -- life -------------------------------------------------------------------------------------
@@ -158,19 +162,27 @@ class GrpcApi:
                 )
 
     def _unary(self, name: str, call: UnaryCall) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        operation = name.removeprefix("shoal.v1.")
+
         async def answer(body: bytes, context: Context) -> bytes:
+            started = perf_counter()
+            code = grpc.StatusCode.CANCELLED  # unless something else becomes of it
             try:
                 self._authorize(context, writes=call.writes)
                 self.admit(len(body))
                 try:
                     request = decode(call.request, body)
-                    return (await call.function(self._coordinator, request)).SerializeToString()
+                    found = await call.function(self._coordinator, request)
                 finally:
                     self.done(len(body))
+                code = grpc.StatusCode.OK
+                return found.SerializeToString()
             except ShoalError as error:
                 code, detail = code_of(error), detail_of(error)
             except Exception as error:
                 code, detail = grpc.StatusCode.INTERNAL, self.bug(name, error)
+            finally:
+                self._metrics.observe(operation, code.name, perf_counter() - started)
             return await _abort(context, code, detail)
 
         return answer
@@ -205,7 +217,7 @@ class GrpcApi:
     # -- load -------------------------------------------------------------------------------------
     def admit(self, body_bytes: int) -> None:
         """Count a request in. Raises Busy at the bound; every other outcome needs `done`."""
-        if self._in_flight >= PENDING_REQUESTS_MAX:
+        if self._metrics.in_flight >= PENDING_REQUESTS_MAX:
             raise Busy(
                 f"Too many requests: {PENDING_REQUESTS_MAX} are being answered: wait a second and "
                 "send again"
@@ -215,12 +227,15 @@ class GrpcApi:
                 f"Too many requests: those being answered have {self._body_bytes} bytes together: "
                 "wait a second and send again"
             )
-        self._in_flight += 1
+        self._metrics.in_flight += 1
         self._body_bytes += body_bytes
 
     def done(self, body_bytes: int) -> None:
-        self._in_flight -= 1
+        self._metrics.in_flight -= 1
         self._body_bytes -= body_bytes
+
+    def answered(self, operation: str, code: grpc.StatusCode, seconds: float) -> None:
+        self._metrics.observe(operation, code.name, seconds)
 
     def bug(self, what: str, error: Exception) -> common_pb2.ErrorDetail:
         """Log what nobody may expect; what the client is told."""
@@ -300,7 +315,7 @@ def _upsert_bodies(replies: Sequence[points_pb2.UpsertStreamResponse]) -> Sequen
 
 _STREAMS: dict[str, StreamKind[Any]] = {
     "shoal.v1.Points/SearchStream": StreamKind(
-        name="SearchStream",
+        name="Points/SearchStream",
         writes=False,
         at_work_max=GRPC_STREAM_SEARCHES_MAX,
         items=_search_items,
@@ -309,7 +324,7 @@ _STREAMS: dict[str, StreamKind[Any]] = {
         pack=_search_bodies,
     ),
     "shoal.v1.Points/UpsertStream": StreamKind(
-        name="UpsertStream",
+        name="Points/UpsertStream",
         writes=True,
         at_work_max=GRPC_STREAM_UPSERTS_MAX,
         items=_upsert_items,

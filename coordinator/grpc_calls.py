@@ -48,7 +48,7 @@ def _of_collection(function: Function[Q, A]) -> Function[Q, A]:
         try:
             return await function(coordinator, request)
         except ShardGone as gone:
-            name = request.collection  # type: ignore[attr-defined]
+            name = getattr(request, "collection", None) or request.name  # type: ignore[attr-defined]
             if not await coordinator.catalog.replaced(name, gone):
                 raise
         return await function(coordinator, request)
@@ -64,6 +64,7 @@ async def _create(
     return collections_pb2.CreateCollectionResponse()
 
 
+@_of_collection
 async def _get(
     coordinator: Coordinator, request: collections_pb2.GetCollectionRequest
 ) -> collections_pb2.CollectionInfo:

@@ -16,14 +16,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
+import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
 from coordinator.grpc_parse import refuse_unknown
 from coordinator.service import Coordinator
-from shoal.api.grpc_status import detail_of
+from shoal.api.grpc_status import code_of, detail_of
 from shoal.errors import BadRequest, ShoalError, TimedOut
 from shoal.limits import REQUEST_TIMEOUT_S_MAX
 from shoal.v1 import common_pb2
@@ -42,6 +44,10 @@ class Gate(Protocol):
         ...
 
     def done(self, body_bytes: int) -> None: ...
+
+    def answered(self, operation: str, code: grpc.StatusCode, seconds: float) -> None:
+        """Count it, refused or not."""
+        ...
 
     def bug(self, what: str, error: Exception) -> common_pb2.ErrorDetail:
         """Log what nobody may expect; what the client is told."""
@@ -138,6 +144,7 @@ class Stream(Generic[Reply]):
 
     async def _work(self, item: Any, body_bytes: int) -> None:
         kind = self._kind
+        started, code = perf_counter(), grpc.StatusCode.OK
         try:
             refuse_unknown(item)
             self._gate.admit(body_bytes)
@@ -149,9 +156,12 @@ class Stream(Generic[Reply]):
             finally:
                 self._gate.done(body_bytes)
         except ShoalError as error:
+            code = code_of(error)
             reply = kind.refuse(item, detail_of(error))
         except Exception as error:
+            code = grpc.StatusCode.INTERNAL
             reply = kind.refuse(item, self._gate.bug(kind.name, error))
+        self._gate.answered(kind.name, code, perf_counter() - started)
         self._replies.append(reply)
         self._to_write.set()
 

@@ -98,7 +98,8 @@ async def ready(call: Call) -> Answer:
 
 
 async def metrics(call: Call) -> Answer:
-    return Answer(200, call.metrics.render(call.health()), CONTENT_TYPE)
+    text = call.metrics.render(call.health(), call.coordinator.extra_requests())
+    return Answer(200, text, CONTENT_TYPE)
 
 
 async def status(call: Call) -> bytes:

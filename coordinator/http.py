@@ -132,11 +132,12 @@ class Api:
         health: Callable[[], HealthReport],
         api_key: str | None,
         read_only_api_key: str | None,
+        metrics: Metrics,
     ) -> None:
         self._coordinator = coordinator
         self._health = health
         self._keys = ApiKeys(api_key, read_only_api_key)
-        self.metrics = Metrics()
+        self.metrics = metrics
 
     async def answer(
         self, route: Route, params: Mapping[str, str], scope: Scope, receive: Receive

@@ -1,12 +1,15 @@
 """Counts and latencies of requests, and the state of the data, as Prometheus text.
 
+One object serves both APIs of a process. HTTP counts by operation and status (`query`, 200), gRPC by
+method and status code (`Points/Search`, OK), each item of a stream for itself.
+
 One request costs a dictionary look-up and a bisection, about 0.5 µs.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from shoal.health import Health, HealthReport
 
@@ -30,11 +33,11 @@ class Metrics:
     """Since the start of the process."""
 
     def __init__(self) -> None:
-        self._requests: dict[tuple[str, int], int] = {}
+        self._requests: dict[tuple[str, int | str], int] = {}
         self._latencies: dict[str, _Histogram] = {}
         self.in_flight = 0
 
-    def observe(self, operation: str, status: int, seconds: float) -> None:
+    def observe(self, operation: str, status: int | str, seconds: float) -> None:
         key = (operation, status)
         self._requests[key] = self._requests.get(key, 0) + 1
         histogram = self._latencies.get(operation)
@@ -43,8 +46,9 @@ class Metrics:
         histogram.buckets[bisect_left(_BOUNDS_S, seconds)] += 1
         histogram.sum_s += seconds
 
-    def render(self, report: HealthReport) -> bytes:
-        lines = [*self._request_lines(), *_state_lines(report)]
+    def render(self, report: HealthReport, extra_requests: Mapping[str, int]) -> bytes:
+        """extra_requests: of the router, by kind."""
+        lines = [*self._request_lines(), *_extra_lines(extra_requests), *_state_lines(report)]
         return ("\n".join(lines) + "\n").encode()
 
     def _request_lines(self) -> Iterator[str]:
@@ -66,6 +70,16 @@ class Metrics:
         yield "# HELP shoal_requests_in_flight Requests being answered now."
         yield "# TYPE shoal_requests_in_flight gauge"
         yield f"shoal_requests_in_flight {self.in_flight}"
+
+
+def _extra_lines(counts: Mapping[str, int]) -> Iterator[str]:
+    yield (
+        "# HELP shoal_extra_requests_total Requests to storage nodes beyond the first: to a second "
+        "replica because the first was late (hedge), again after an error (retry)."
+    )
+    yield "# TYPE shoal_extra_requests_total counter"
+    for kind, count in sorted(counts.items()):
+        yield f'shoal_extra_requests_total{{kind="{kind}"}} {count}'
 
 
 def _state_lines(report: HealthReport) -> Iterator[str]:

@@ -495,6 +495,9 @@ class Router:
         said = await asyncio.gather(*(self._status_of(node) for node in names))
         return dict(zip(names, said, strict=True))
 
+    def extra_requests(self) -> dict[str, int]:
+        return {"hedge": self.hedges.taken, "retry": self.retries.taken}
+
     async def _status_of(self, node_id: str) -> list[ReplicaStatus] | ShoalError:
         try:
             async with asyncio.timeout(self._settings.status_timeout_s):

@@ -147,13 +147,15 @@ class Budget:
     help in need never becomes the load that keeps everybody down.
 
     share   of every first request; per_s: with little traffic; most: saved up at the most.
+    taken   how many were sent.
     """
 
-    __slots__ = ("_left", "_most", "_per_s", "_share", "_since")
+    __slots__ = ("_left", "_most", "_per_s", "_share", "_since", "taken")
 
     def __init__(self, *, share: float, per_s: float, most: float, now: float = 0.0) -> None:
         self._share, self._per_s, self._most = share, per_s, most
         self._left, self._since = most, now
+        self.taken = 0
 
     def earn(self) -> None:
         """A first request was sent."""
@@ -167,6 +169,7 @@ class Budget:
         if self._left < 1.0:
             return False
         self._left -= 1.0
+        self.taken += 1
         return True
 
 

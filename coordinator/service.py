@@ -45,10 +45,12 @@ from shoal.errors import BadRequest, NotFound, NotSupported, ShoalError, must
 from shoal.ids import PointIds, format_id
 from shoal.metadata.contract import MetadataStore
 from shoal.metadata.schema import (
+    ACTIONS_KEY,
     LEADER_KEY,
     LOCAL_NODE,
     NODES_PREFIX,
     SHARDS_PREFIX,
+    ActionsRecord,
     LeaderRecord,
     NodeRecord,
     NodeRole,
@@ -344,6 +346,10 @@ class Coordinator:
             {shard: result.sequence for (shard, _), result in zip(parts, results, strict=True)}
         )
 
+    def extra_requests(self) -> dict[str, int]:
+        """As `Storage` counts them."""
+        return self._storage.extra_requests()
+
     # -- the cluster ------------------------------------------------------------------------------
     async def cluster_state(self) -> ClusterState:
         """Who there is and who holds what, as the metadata store says now."""
@@ -351,6 +357,7 @@ class Coordinator:
         nodes, _ = await self._store.range(NODES_PREFIX)
         shards, _ = await self._store.range(SHARDS_PREFIX)
         leader = await self._store.get(LEADER_KEY)
+        actions = await self._store.get(ACTIONS_KEY)
         known = [NodeRecord.from_bytes(entry.key, entry.value) for entry in nodes]
         if alone and not known:
             known = [NodeRecord(id=self._node_id, role=NodeRole.STORAGE, incarnation="")]
@@ -363,12 +370,20 @@ class Coordinator:
             leader=None
             if leader is None
             else LeaderRecord.from_bytes(leader.key, leader.value).node,
+            actions=()
+            if actions is None
+            else ActionsRecord.from_bytes(actions.key, actions.value).actions,
         )
 
     async def describe_cluster(self) -> dict[str, Any]:
         """Everything about it, with what the storage nodes say of themselves."""
-        state, said = await asyncio.gather(self.cluster_state(), self._storage.statuses())
-        return describe_cluster(state, self.catalog.collections(), said)
+        state, said, groups = await asyncio.gather(
+            self.cluster_state(), self._storage.statuses(), self._encoder_groups()
+        )
+        return {"encoders": groups} | describe_cluster(state, self.catalog.collections(), said)
+
+    async def _encoder_groups(self) -> list[dict[str, Any]]:
+        return [] if self._encoder is None else await self._encoder.describe()
 
     async def describe_peers(self) -> dict[str, Any]:
         return describe_peers(await self.cluster_state())

@@ -41,14 +41,17 @@ from shoal.errors import InvariantError, ShoalError
 from shoal.health import Health
 from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
 from shoal.metadata.schema import (
+    ACTIONS_KEY,
     COLLECTIONS_PREFIX,
     NODES_PREFIX,
     SHARDS_PREFIX,
+    ActionsRecord,
     CollectionRecord,
     CollectionState,
     NodeRecord,
     NodeRole,
     ShardRecord,
+    TakenAction,
     shard_key,
 )
 from shoal.metadata.watched import Watched
@@ -138,6 +141,7 @@ class ClusterMonitor:
         self._written: dict[str, int] = {}  # key -> revision of our own change, until we see it
         self._findings: tuple[Finding, ...] = ()
         self._story: deque[Deed] = deque(maxlen=limits.STORY_ACTIONS_MAX)
+        self._untold: deque[Deed] = deque(maxlen=limits.ACTIONS_SHOWN_MAX)  # not in the store yet
         self._counts: Counter[tuple[str, str]] = Counter()
         self._red: set[ShardKey | None] = set()  # what the log had last
         self._looked_at: float | None = None
@@ -259,6 +263,24 @@ class ClusterMonitor:
                 for action in plan.actions:
                     record = records[action.key]
                     group.create_task(self._carry_out(action, record, fence, slots))
+            if self._untold:
+                await self._leave_word(fence)
+
+    async def _leave_word(self, fence: Compare) -> None:
+        """Put what was done where coordinators show it (`GET /shoal/v1/cluster`). What fails now is
+        told with the next action: nothing depends on it."""
+        told = list(self._untold)
+        try:
+            found = await self._store.get(ACTIONS_KEY)
+            before = (
+                [] if found is None else ActionsRecord.from_bytes(found.key, found.value).actions
+            )
+            actions = [*before, *map(_taken, told)][-limits.ACTIONS_SHOWN_MAX :]
+            value = ActionsRecord(actions=actions).to_bytes()
+            if (await self._store.txn([fence], {ACTIONS_KEY: value})).ok:
+                self._untold.clear()
+        except (ShoalError, InvariantError) as error:
+            _log.info("actions_not_told", why=str(error))
 
     async def _carry_out(
         self, action: Action, record: ShardRecord, fence: Compare, slots: asyncio.Semaphore
@@ -280,12 +302,14 @@ class ClusterMonitor:
                 outcome = "done" if result.ok else "outrun"
                 if result.ok:
                     self._written[key] = result.revision
-        self._story.append(Deed(datetime.now(UTC), action, outcome))
+        deed = Deed(datetime.now(UTC), action, outcome)
+        self._story.append(deed)
+        self._untold.append(deed)
         self._counts[_kind(action), outcome.partition(":")[0]] += 1
         _log.warning(
             _kind(action),
             shard=f"{record.collection_id}/{record.shard}",
-            node=action.primary if isinstance(action, Promote) else action.node,
+            node=_whom(action),
             term=action.term if isinstance(action, Promote) else None,
             why=action.reason,
             outcome=outcome,
@@ -420,6 +444,23 @@ def _replication_factor(record: CollectionRecord) -> int:
     """Straight from the request, which was checked when it came: this is asked every second."""
     wanted = record.config.get("replication_factor")
     return wanted if isinstance(wanted, int) else 1
+
+
+def _whom(action: Action) -> str:
+    return action.primary if isinstance(action, Promote) else action.node
+
+
+def _taken(deed: Deed) -> TakenAction:
+    action = deed.action
+    return TakenAction(
+        at=deed.at,
+        action=_kind(action),
+        collection_id=action.key.collection_id,
+        shard=action.key.shard,
+        node=_whom(action),
+        outcome=deed.outcome,
+        reason=action.reason,
+    )
 
 
 def _kind(action: Action) -> str:

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from coordinator.app import create_app
 from coordinator.grpc_api import GrpcApi
+from coordinator.metrics import Metrics
 from coordinator.one_write import OneWriteProtocol
 from coordinator.service import Coordinator
 from encoder.service import LocalEncoder
@@ -67,10 +68,15 @@ async def serve_front(
     keys = (_plain(settings.api_key), _plain(settings.read_only_api_key))
     grace_s = settings.shutdown_grace_s
     async with contextlib.AsyncExitStack() as stack:
+        metrics = Metrics()
         app = create_app(
-            coordinator, health=monitor.report, api_key=keys[0], read_only_api_key=keys[1]
+            coordinator,
+            health=monitor.report,
+            api_key=keys[0],
+            read_only_api_key=keys[1],
+            metrics=metrics,
         )
-        grpc_api = GrpcApi(coordinator, api_key=keys[0], read_only_api_key=keys[1])
+        grpc_api = GrpcApi(coordinator, api_key=keys[0], read_only_api_key=keys[1], metrics=metrics)
         grpc_port = await grpc_api.start(settings.grpc_host, settings.grpc_port)
         stack.push_async_callback(grpc_api.close, grace_s)
 

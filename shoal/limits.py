@@ -85,6 +85,7 @@ RETURNS_PER_NODE_MAX = 16  # replicas of a node that came back and catch up: mos
 ACTIONS_PER_ROUND_MAX = 256  # the rest follows in the next round, about a second later
 ASKED_AT_ONCE_MAX = 64  # nodes that the monitor asks for their state at the same time
 STORY_ACTIONS_MAX = 200  # that the monitor remembers, for people
+ACTIONS_SHOWN_MAX = 50  # … and leaves in the metadata store for all to read: some kilobytes
 
 # -- between nodes --------------------------------------------------------------------------------
 RPC_MESSAGE_BYTES_MAX = (

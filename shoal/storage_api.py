@@ -361,6 +361,10 @@ class Storage(Protocol):
         """What every node that holds a shard says of its replicas, or why it says nothing."""
         ...
 
+    def extra_requests(self) -> dict[str, int]:
+        """Kind -> how many requests beyond the first ones were sent since the start."""
+        ...
+
     async def create_shard(self, spec: ShardSpec) -> None:
         """On every node of the shard's record."""
         ...

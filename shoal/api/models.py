@@ -709,13 +709,18 @@ class ClusterPeers(BaseModel):
 
 
 class ClusterReport(BaseModel):
-    """node: who answers. leader: the monitor that acts."""
+    """node: who answers. leader: the monitor that acts. actions: what monitors did last and why, the
+    latest first."""
 
     node: str
     mode: Literal["cluster", "one machine"]
     leader: str | None
+    actions: list[dict[str, Any]]
     nodes: list[dict[str, Any]]
     collections: list[dict[str, Any]]
+    encoders: list[dict[str, Any]] = Field(
+        description="Groups of `shoal encoder serve`: model, what waits, memory of each process."
+    )
 
 
 class ServerVersion(BaseModel):

@@ -7,6 +7,7 @@
     jobs/index/{collection_id}/{shard}/{segment}/{file}
                                     IndexJobRecord     an index to build; see index_node/jobs.py
     monitor/leader                  LeaderRecord       which monitor acts, under its lease
+    monitor/actions                 ActionsRecord      what it did last, for people
 
 One JSON document per key, each with the version of its form. A form that is newer than this code is
 refused (FormatTooNew), never guessed at. Records are small; every change is one compare-and-swap on
@@ -18,6 +19,7 @@ mistaken for a later collection of the same name.
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -30,6 +32,7 @@ from shoal.storage_api import Distance, ShardKey, ShardSpec, VectorSpec
 from shoal.vectors import Datatype, VectorField, VectorFields
 
 __all__ = [
+    "ACTIONS_KEY",
     "COLLECTIONS_PREFIX",
     "COLLECTION_ID_KEY",
     "INDEX_JOBS_PREFIX",
@@ -38,6 +41,7 @@ __all__ = [
     "NEVER_INDEXED",
     "NODES_PREFIX",
     "SHARDS_PREFIX",
+    "ActionsRecord",
     "BoundModel",
     "CollectionRecord",
     "CollectionState",
@@ -50,6 +54,7 @@ __all__ = [
     "NodeRecord",
     "NodeRole",
     "ShardRecord",
+    "TakenAction",
     "collection_key",
     "index_job_key",
     "node_key",
@@ -64,6 +69,7 @@ SHARDS_PREFIX = "shards/"
 NODES_PREFIX = "nodes/"
 INDEX_JOBS_PREFIX = "jobs/index/"
 LEADER_KEY = "monitor/leader"
+ACTIONS_KEY = "monitor/actions"
 LOCAL_NODE = "local"  # the one node of a one-machine server
 NEVER_INDEXED = 2**62  # index_bytes_min of a vector whose index is switched off
 
@@ -281,6 +287,27 @@ class LeaderRecord(Record):
 
     node: str
     incarnation: str
+
+
+class TakenAction(BaseModel):
+    """One change of a shard's record by a monitor, or an attempt at one. at: wall clock, for people.
+    reason: a sentence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    at: datetime
+    action: str
+    collection_id: int
+    shard: int
+    node: str
+    outcome: str
+    reason: str
+
+
+class ActionsRecord(Record):
+    """The last limits.ACTIONS_SHOWN_MAX, oldest first."""
+
+    actions: list[TakenAction] = []
 
 
 # -- what a creation request means ----------------------------------------------------------------

@@ -102,6 +102,9 @@ class FakeStorage:
         ]
         return {"local": here}
 
+    def extra_requests(self) -> dict[str, int]:
+        return {"hedge": 1, "retry": 2}
+
     # -- reads ------------------------------------------------------------------------------------
     async def search(self, shard: ShardKey, query: Search, read: Read = ANY) -> Hits:
         self.reads.append(read)

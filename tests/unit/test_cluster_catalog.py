@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -24,11 +25,14 @@ from shoal.api.models import CreateCollection
 from shoal.errors import AlreadyExists, BadRequest, NotFound, Unavailable
 from shoal.health import Health, HealthReport
 from shoal.metadata.schema import (
+    ACTIONS_KEY,
+    ActionsRecord,
     CollectionRecord,
     CollectionState,
     NodeRecord,
     NodeRole,
     ShardRecord,
+    TakenAction,
 )
 from shoal.settings import CoordinatorSettings
 from shoal.storage_api import ShardKey
@@ -286,6 +290,28 @@ def test_a_collection_made_anew_elsewhere_is_written_to() -> None:
         answer = await world.c2.http.put(f"{C}/points", json=points)
         assert answer.status_code == 404
         assert "doesn't exist" in answer.text
+
+    run(test)
+
+
+def test_what_the_monitor_did_is_shown() -> None:
+    async def test(world: World) -> None:
+        await world.c1.catalog.create("c", request(shard_number=1))
+        done = TakenAction(
+            at=datetime(2026, 1, 2, tzinfo=UTC),
+            action="promote",
+            collection_id=1,
+            shard=0,
+            node="s2",
+            outcome="done",
+            reason="The primary s1 lost its lease.",
+        )
+        record = ActionsRecord(actions=[done, done.model_copy(update={"collection_id": 9})])
+        await world.store.txn([], {ACTIONS_KEY: record.to_bytes()})
+        report = (await world.c2.http.get("/shoal/v1/cluster")).json()["result"]
+        assert [action["collection"] for action in report["actions"]] == [None, "c"]
+        assert report["actions"][1]["reason"] == "The primary s1 lost its lease."
+        assert report["actions"][1]["at"] == "2026-01-02T00:00:00.000+00:00"
 
     run(test)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,12 @@ from monitor.leader import Leadership
 from shoal import limits
 from shoal.errors import FormatTooNew, InvariantError, Unavailable
 from shoal.health import Health
-from shoal.metadata.contract import Compare, TxnResult, Uncertain
+from shoal.metadata.contract import Compare, KeyValue, TxnResult, Uncertain
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import (
+    ACTIONS_KEY,
     LEADER_KEY,
+    ActionsRecord,
     CollectionRecord,
     CollectionState,
     LeaderRecord,
@@ -188,6 +191,11 @@ def test_a_dead_primary_is_replaced(tmp_path: Path, how: str):
         assert (record.term, record.primary, record.in_sync) == (2, "s2", ["s2", "s3"])
         assert b'{kind="promote",outcome="done"} 1' in monitor.metrics()
         assert b"shoal_monitor_leading 1" in monitor.metrics()
+        told = await cluster.store.get(ACTIONS_KEY)
+        assert told is not None
+        (action,) = ActionsRecord.from_bytes(told.key, told.value).actions
+        assert (action.action, action.node, action.outcome) == ("promote", "s2", "done")
+        assert "s1 lost its lease" in action.reason
 
     run(tmp_path, story)
 
@@ -357,7 +365,8 @@ def test_the_story_is_bounded(tmp_path: Path):
             raise Unavailable("the store is away")
 
         await monitor.look()
-        monitor._store = type("Refusing", (), {"txn": staticmethod(refuse)})()  # type: ignore[assignment]
+        refusing = {"txn": staticmethod(refuse), "get": staticmethod(refuse)}
+        monitor._store = type("Refusing", (), refusing)()  # type: ignore[assignment]
         for _ in range(5):
             await cluster.after(4, monitor)
         assert len(monitor.status().story) == limits.STORY_ACTIONS_MAX
@@ -374,7 +383,12 @@ class Between:
         self._store, self._then = store, then
         self.uncertain = False
 
-    async def txn(self, *arguments: object, **options: object) -> TxnResult:
+    async def get(self, key: str) -> KeyValue | None:
+        return await self._store.get(key)
+
+    async def txn(self, *arguments: Any, **options: object) -> TxnResult:
+        if ACTIONS_KEY in arguments[1]:
+            return await self._store.txn(*arguments)
         await self._then()
         result = await self._store.txn(*arguments, **options)  # type: ignore[arg-type]
         if self.uncertain:

@@ -23,6 +23,7 @@ from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
 from shoal.api.grpc_status import DETAILS_KEY, unpack_details
 from shoal.errors import StartupError, StorageFull
+from shoal.health import Health, HealthReport
 from shoal.ids import PointIds
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.settings import CoordinatorSettings
@@ -267,7 +268,7 @@ def test_a_deadline_cancels_the_work(tmp_path):
         refused = await world.refused("Points/Search", search(limit=7), timeout=0.2)
         assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: world.storage.cancelled == 1)
-        assert world.api._in_flight == world.api._body_bytes == 0
+        assert world.api._metrics.in_flight == world.api._body_bytes == 0
 
     run(tmp_path, test)
 
@@ -309,6 +310,7 @@ def test_a_collection_that_was_made_anew_meanwhile(tmp_path):
         new = catalog.get("c")
         assert old.record.id != new.record.id
         for method, request in (
+            ("Collections/Get", collections_pb2.GetCollectionRequest(name="c")),
             ("Points/Search", search()),
             ("Points/Upsert", upsert(9)),
             ("Points/Count", points_pb2.CountRequest(collection="c")),
@@ -432,7 +434,7 @@ def test_a_client_that_goes_away_takes_its_work_with_it(tmp_path):
         stream.cancel()
         await until(lambda: world.storage.cancelled == 2)
         await until(lambda: not world.api._streams)
-        assert world.api._in_flight == 0
+        assert world.api._metrics.in_flight == 0
 
     run(tmp_path, test)
 
@@ -526,5 +528,29 @@ def test_a_read_may_ask_for_a_write_by_its_token(tmp_path):
         read.consistency = 9  # type: ignore[assignment]
         refused = await world.refused("Points/Search", search(read=read))
         assert "consistency has the value 9" in refused.message
+
+    run(tmp_path, test)
+
+
+# -- metrics --------------------------------------------------------------------------------------
+def test_both_apis_are_counted(tmp_path):
+    async def test(world: World) -> None:
+        await world.with_points()
+        await world.refused("Points/Search", search(filter=b"{"))
+        stream = world.stream()
+        await stream.write(items((1, search()), (2, search(filter=b"{"))))
+        await stream.done_writing()
+        assert len([reply async for reply in stream]) >= 1
+        report = HealthReport(Health.GREEN, True, True, (), (), None, 0.0)
+        text = world.api._metrics.render(report, {"hedge": 3}).decode()
+        assert 'shoal_requests_total{operation="Collections/Create",status="OK"} 1' in text
+        for count in (
+            '{operation="Points/Search",status="INVALID_ARGUMENT"} 1',
+            '{operation="Points/SearchStream",status="OK"} 1',
+            '{operation="Points/SearchStream",status="INVALID_ARGUMENT"} 1',
+        ):
+            assert f"shoal_requests_total{count}" in text
+        assert "shoal_requests_in_flight 0" in text
+        assert 'shoal_extra_requests_total{kind="hedge"} 3' in text
 
     run(tmp_path, test)
