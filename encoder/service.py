@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,6 +188,9 @@ class LocalEncoder:
 
     def models(self) -> list[ModelInfo]:
         return [self._info(name) for name in sorted(self._entries)]
+
+    async def describe(self) -> list[dict[str, Any]]:
+        return []
 
     async def close(self) -> None:
         with self._wake:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,11 @@ class Encoder(Protocol):
 
     def models(self) -> list[ModelInfo]:
         """Every model that can be used here, by name. Cheap; loads nothing."""
+        ...
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """Every rank group, as it says itself, for people: its processes, what each of them holds, what
+        waits. None in a process that computes for itself."""
         ...
 
     async def close(self) -> None:

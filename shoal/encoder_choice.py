@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,9 @@ class EitherEncoder:
         found = {info.name: info for info in (self._local.models() if self._local else [])}
         found |= {info.name: info for info in self._groups.models()}
         return [found[name] for name in sorted(found)]
+
+    async def describe(self) -> list[dict[str, Any]]:
+        return await self._groups.describe()
 
     async def close(self) -> None:
         await asyncio.gather(*(part.close() for part in (self._groups, self._local) if part))

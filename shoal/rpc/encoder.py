@@ -15,7 +15,7 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -118,6 +118,9 @@ class EncoderClient:
         for _, facts in self._serving():
             found.setdefault(facts.model, self._info(facts))
         return [found[name] for name in sorted(found)]
+
+    async def describe(self) -> list[dict[str, Any]]:
+        return [_described(status) for status in await self.statuses()]
 
     async def close(self) -> None:
         self._closed = True
@@ -403,6 +406,39 @@ class _Group:
 def _worse(known: ShoalError | None, error: ShoalError) -> ShoalError:
     """What to tell when all groups failed: that one is busy means that one lives."""
     return known if isinstance(known, Busy) else error
+
+
+def _described(status: GroupStatus) -> dict[str, Any]:
+    facts = status.facts
+    known: dict[str, Any] = {
+        "id": status.node,
+        "grpc": status.address,
+        "state": "lost" if status.reply is None else "up",
+        "model": facts.model,
+        "fingerprint": facts.fingerprint,
+        "precision": facts.precision,
+        "tp": facts.tp,
+        "pp": facts.pp,
+    }
+    if status.reply is None:
+        return known | {"error": status.error}
+    names = (
+        *("attempt", "waiting_texts", "waiting_tokens", "texts_total", "truncated_total"),
+        *("batches_total", "splits_total", "busy_s_total"),
+    )
+    said = {name: getattr(status.reply, name) for name in names}
+    of_rank = (
+        "rank",
+        "tp",
+        "pp",
+        "pid",
+        "parameters",
+        "parameter_bytes",
+        "resident_bytes",
+        "device",
+    )
+    ranks = [{name: getattr(rank, name) for name in of_rank} for rank in status.reply.ranks]
+    return known | said | {"ranks": ranks}
 
 
 def _nobody(model: str) -> Unavailable:

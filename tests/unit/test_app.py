@@ -41,6 +41,9 @@ class LengthEncoder:
         lengths = np.array([len(t) for t in texts], np.int32)
         return Embedding(vectors, np.minimum(lengths, 8), lengths > 8, "f" * 64)
 
+    async def describe(self) -> list[dict[str, Any]]:
+        return []
+
     def models(self) -> list[ModelInfo]:
         return [ModelInfo("lengths", 4, 8, None)]
 
