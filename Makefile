@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself. Nothing is installed outside it.
 #   make PYTHON=python3.12 install      another interpreter (3.11 or newer)
 PYTHON ?= python3
-EXTRAS ?= cpu,encoder,import,dev
+EXTRAS ?= cpu,encoder,train,import,dev
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

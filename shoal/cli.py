@@ -206,7 +206,7 @@ def _monitor(arguments: list[str]) -> int:
 
 
 def _encoder(arguments: list[str]) -> int:
-    actions = {"serve": _encoder_serve}
+    actions = {"serve": _encoder_serve, "train": _encoder_train, "mine": _encoder_mine}
     action = actions.get(arguments[0]) if arguments else None
     if action is None:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -219,6 +219,8 @@ _ENCODER_OVERVIEW = """\
 usage: shoal encoder ACTION ...
 
   serve         in a cluster: turn texts into vectors, over one process or several
+  train         fine-tune a model on pairs of texts, over one process or several
+  mine          write pairs with hard negatives, found in a collection
 
 `shoal encoder ACTION --help` tells more about each.
 """
@@ -236,6 +238,21 @@ def _encoder_serve(arguments: list[str]) -> int:
 
     run(settings)
     return 0
+
+
+def _encoder_train(arguments: list[str]) -> int:
+    from encoder.train.command import run
+
+    return run(arguments)
+
+
+def _encoder_mine(arguments: list[str]) -> int:
+    from shoal.cpu import prepare_environment
+
+    prepare_environment()
+    from encoder.train.mining import run
+
+    return run(arguments)
 
 
 def _settings(arguments: list[str]) -> int:
@@ -334,7 +351,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "storage-node": ("in a cluster: hold replicas of shards", _storage_node),
     "index-node": ("in a cluster: build indexes", _index_node),
     "monitor": ("in a cluster: fail over and repair", _monitor),
-    "encoder": ("in a cluster: serve a text model over several processes", _encoder),
+    "encoder": ("serve a text model over several processes; fine-tune one", _encoder),
     "settings": ("show the effective settings and where each comes from", _settings),
     "health": ("ask a process on this machine whether it is ready", _health),
     "version": ("print the version", _version),

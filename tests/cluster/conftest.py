@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "crash"))  # the ledger
 
 from cluster_harness import Cluster
+
+# A run that is ended by SIGTERM takes its clusters down, as one that is ended by Ctrl-C.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 _CLUSTERS: pytest.StashKey[list[Cluster]] = pytest.StashKey()
 MakeCluster = Callable[..., Cluster]

@@ -52,21 +52,23 @@ class World:
             settings["s1"] |= {"data_dir": small_disk / "data", "disk_free_bytes_min": "8MiB"}
         self.small_disk = small_disk
         self.cluster = Cluster(folder, settings=settings)
+        urls = [self.cluster.url("c1"), self.cluster.url("c2")]
+        self.writers = [Writer(number, SEED, urls) for number in range(2)]
+        self.reader = Reader(urls, SEED)
         for name in (*STORAGE, *ETCD):
             process = self.cluster[name]
             self.links.lead_to(name, process.plan.ports[0])
         self.cluster.start()
         with self.cluster.http() as http:
             create_collection(http, shards=SHARDS, replicas=REPLICAS)
-        urls = [self.cluster.url("c1"), self.cluster.url("c2")]
-        self.writers = [Writer(number, SEED, urls) for number in range(2)]
-        self.reader = Reader(urls, SEED)
         self.sound = True  # False from the start of a test until it has passed
 
     def _pids(self) -> dict[str, int]:
         return {p.name: p.pid for p in self.cluster.processes.values() if p.pid is not None}
 
     def close(self) -> None:
+        for client in (*self.writers, self.reader):
+            client.give_up()
         for process in self.cluster.processes.values():
             process.resume()
         self.cluster.kill9()

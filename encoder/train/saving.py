@@ -1,0 +1,121 @@
+"""The trained model in the layout of sentence-transformers, which `--encoder-model` and `shoal encoder
+serve` load: a copy of the folder that it came from, with new weights and a card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from encoder.families import Family
+from encoder.model import ModelFolder
+from encoder.parallel import Stage, join_fused
+from shoal.errors import must
+
+__all__ = ["save_model", "whole_parameters"]
+
+_CODE = {
+    ".py",
+    ".bin",
+    ".pt",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".ot",
+}  # weights of other kinds are old now
+
+
+def whole_parameters(stage: Stage, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """All parameters by their names in the whole model, on the CPU; in rank 0, empty elsewhere.
+    Collective over the mesh."""
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in stage.network.named_parameters():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        own[name] = whole.detach().cpu()
+    if mesh["pp"].size() == 1:
+        return own if dist.get_rank() == 0 else {}
+    if mesh["dp"].get_local_rank() or mesh["tp"].get_local_rank():
+        return {}
+    place = mesh["pp"].get_local_rank()
+    parts: list[dict[str, torch.Tensor] | None] | None = None
+    if place == 0:
+        parts = [None] * mesh["pp"].size()
+    dist.gather_object(own, parts, group=mesh["pp"].get_group(), group_dst=0)
+    if parts is None:
+        return {}
+    return {name: tensor for part in parts if part is not None for name, tensor in part.items()}
+
+
+def save_model(
+    source: ModelFolder,
+    parameters: Mapping[str, torch.Tensor],
+    out: Path,
+    *,
+    family: Family,
+    tp: int,
+    card: str,
+) -> None:
+    """source      the folder that the model was loaded from.
+    parameters  as `whole_parameters` gives them.
+    tp          fused matrices were reordered for so many processes; they are put back.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors = _unfused(parameters, family, tp)
+    kept: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    with safe_open(source.path / "model.safetensors", "pt") as file:
+        metadata = file.metadata() or {"format": "pt"}
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            name = _name_in_network(key, tensors)
+            if name is None:  # a head that sentence embeddings do not use
+                kept[key] = file.get_tensor(key)
+            else:
+                kept[key] = tensors[name].contiguous()
+                used.add(name)
+    must(
+        used == set(tensors), f"weights without a place in the file: {sorted(set(tensors) - used)}"
+    )
+    scratch = out.with_name(out.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(
+        source.path,
+        scratch,
+        ignore=lambda folder, names: [
+            n for n in names if Path(n).suffix in _CODE or n in ("model.safetensors", "onnx")
+        ],
+    )
+    save_file(kept, scratch / "model.safetensors", metadata)
+    (scratch / "model.safetensors").chmod(0o644)
+    (scratch / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    scratch.replace(out)
+
+
+def _name_in_network(key: str, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Files of some models put the name of the model in front: bert.encoder.layer.0..."""
+    return next((name for name in (key, key.partition(".")[2]) if name in tensors), None)
+
+
+def _unfused(
+    parameters: Mapping[str, torch.Tensor], family: Family, tp: int
+) -> dict[str, torch.Tensor]:
+    if tp == 1 or not family.fused:
+        return dict(parameters)
+    tree = torch.nn.Module()
+    for name, tensor in parameters.items():
+        module = tree
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(leaf, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    join_fused(tree, family, tp)
+    return {name: tensor.detach() for name, tensor in tree.named_parameters()}
