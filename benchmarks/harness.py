@@ -38,8 +38,10 @@ from shoal.ids import PointIds
 __all__ = [
     "BenchmarkFailed",
     "Driven",
+    "Front",
     "Report",
     "Server",
+    "cpu_clock_s",
     "drive",
     "hit_ids",
     "http_request",
@@ -76,13 +78,83 @@ def pin_threads() -> None:
 
 
 # -- the server -----------------------------------------------------------------------------------
-class Server:
+class Front:
+    """Something that answers HTTP on `port` of this machine: a server, or a coordinator."""
+
+    port = 0
+
+    def __init__(self) -> None:
+        self._connection: http.client.HTTPConnection | None = None
+
+    def disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def log_tail(self) -> str:
+        """What the processes behind it said last, for messages about failures."""
+        raise NotImplementedError
+
+    def observe(self) -> None:
+        """Called while `settle` waits."""
+
+    def call(
+        self, method: str, path: str, body: Any = None, content_type: str = "application/json"
+    ) -> Any:
+        """One request on a kept connection; `result` of the answer. bytes go as they are."""
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
+        if self._connection is None:
+            self._connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        try:
+            self._connection.request(method, path, data, {"Content-Type": content_type})
+            response = self._connection.getresponse()
+            text = response.read()
+        except (http.client.HTTPException, OSError) as e:
+            raise BenchmarkFailed(f"{method} {path}: {e!r}\n{self.log_tail()}") from e
+        if response.status != 200:
+            raise BenchmarkFailed(f"{method} {path}: {response.status} {text[:2_000]!r}")
+        try:
+            answer = json.loads(text)
+        except json.JSONDecodeError:
+            return text
+        return answer.get("result") if isinstance(answer, dict) else answer
+
+    def create(
+        self,
+        name: str,
+        dim: int,
+        distance: str = "Cosine",
+        **more: Any,
+    ) -> None:
+        self.call(
+            "PUT", f"/collections/{name}", {"vectors": {"size": dim, "distance": distance}, **more}
+        )
+
+    def settle(self, name: str) -> float:
+        """Wait until nothing waits for a merge or an index. Seconds waited."""
+        began = time.monotonic()
+        calm = 0
+        while time.monotonic() - began < SETTLE_S_MAX:
+            info = self.call("GET", f"/collections/{name}")
+            self.observe()
+            calm = calm + 1 if info["status"] == "green" else 0
+            if calm == 4:  # a seal may follow a merge: green must last
+                return time.monotonic() - began
+            time.sleep(0.25)
+        raise BenchmarkFailed(f"{name} did not settle: {info}\n{self.log_tail()}")
+
+    def segments(self, name: str) -> int:
+        return int(self.call("GET", f"/collections/{name}")["segments_count"])
+
+
+class Server(Front):
     """`shoal serve` on a free port with a data directory of its own, stopped and removed at the end.
 
     environment: settings (SHOAL_...) on top of the defaults, which are what the claims are about.
     """
 
     def __init__(self, *, environment: dict[str, str] | None = None) -> None:
+        super().__init__()
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-bench-")
         self.data_dir = Path(self._folder.name) / "data"
         self._log_path = Path(self._folder.name) / "server.log"
@@ -90,8 +162,7 @@ class Server:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         self._environment = {**inherited, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: http.client.HTTPConnection | None = None
-        self.port = self.grpc_port = 0
+        self.grpc_port = 0
         self.peak_bytes = 0  # the most seen by `settle`, with children
 
     def __enter__(self) -> Self:
@@ -148,9 +219,7 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM, and after a minute SIGKILL, to this server's process only."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self.disconnect()
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -164,61 +233,16 @@ class Server:
     def log_tail(self) -> str:
         return self._log_path.read_text(errors="replace")[-3_000:]
 
-    def call(
-        self, method: str, path: str, body: Any = None, content_type: str = "application/json"
-    ) -> Any:
-        """One request on a kept connection; `result` of the answer. bytes go as they are."""
-        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
-        if self._connection is None:
-            self._connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        try:
-            self._connection.request(method, path, data, {"Content-Type": content_type})
-            response = self._connection.getresponse()
-            text = response.read()
-        except (http.client.HTTPException, OSError) as e:
-            raise BenchmarkFailed(f"{method} {path}: {e!r}\n{self.log_tail()}") from e
-        if response.status != 200:
-            raise BenchmarkFailed(f"{method} {path}: {response.status} {text[:2_000]!r}")
-        try:
-            answer = json.loads(text)
-        except json.JSONDecodeError:
-            return text
-        return answer.get("result") if isinstance(answer, dict) else answer
-
-    def create(
-        self,
-        name: str,
-        dim: int,
-        distance: str = "Cosine",
-        **more: Any,
-    ) -> None:
-        self.call(
-            "PUT", f"/collections/{name}", {"vectors": {"size": dim, "distance": distance}, **more}
-        )
-
-    def settle(self, name: str) -> float:
-        """Wait until nothing waits for a merge or an index. Seconds waited."""
-        began = time.monotonic()
-        calm = 0
-        while time.monotonic() - began < SETTLE_S_MAX:
-            info = self.call("GET", f"/collections/{name}")
-            self.peak_bytes = max(self.peak_bytes, self.memory_bytes()["rss"])
-            calm = calm + 1 if info["status"] == "green" else 0
-            if calm == 4:  # a seal may follow a merge: green must last
-                return time.monotonic() - began
-            time.sleep(0.25)
-        raise BenchmarkFailed(f"{name} did not settle: {info}\n{self.log_tail()}")
-
-    def segments(self, name: str) -> int:
-        return int(self.call("GET", f"/collections/{name}")["segments_count"])
+    def observe(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.memory_bytes()["rss"])
 
     # -- what it costs --
     def cpu_seconds(self, *, children: bool = False) -> float:
         """User and system CPU seconds so far; with `children`, of ended and live ones too."""
-        total = _cpu_clock_s(self.pid)
+        total = cpu_clock_s(self.pid)
         if children:
             total += _ended_children_s(self.pid)
-            total += sum(_cpu_clock_s(p) + _ended_children_s(p) for p in _descendants(self.pid))
+            total += sum(cpu_clock_s(p) + _ended_children_s(p) for p in _descendants(self.pid))
         return total
 
     def memory_bytes(self) -> dict[str, int]:
@@ -243,7 +267,7 @@ class Server:
         return sum(p.stat().st_blocks * 512 for p in self.data_dir.rglob("*") if p.is_file())
 
 
-def _cpu_clock_s(pid: int) -> float:
+def cpu_clock_s(pid: int) -> float:
     """The CPU clock of another process, all its threads (clock_getcpuclockid(3)); 0 when it ended."""
     try:
         return time.clock_gettime((~pid << 3) | 2)
@@ -272,7 +296,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def load_points(
-    server: Server,
+    server: Front,
     collection: str,
     vectors: NDArray[np.float32],
     payloads: Sequence[bytes] | None = None,
