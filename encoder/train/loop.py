@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -255,8 +255,14 @@ class _Run:
             save_model(
                 self._source, parameters, out, family=trainer.family, tp=settings.tp, card=card
             )
+            self._write_result(Outcome(out, verdict, *figures))
         dist.barrier()
         return Outcome(out, verdict, *figures)
+
+    def _write_result(self, outcome: Outcome) -> None:
+        """OUT/result.json: for programs what the card says to people."""
+        text = json.dumps(asdict(outcome) | {"model": outcome.model.name}, indent=1)
+        (self._settings.out / "result.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _model_folder(settings: TrainSettings) -> ModelFolder:

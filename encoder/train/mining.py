@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Mine", "choose_negatives", "mined", "pairs_of_collection", "run"]
 
+SEARCH_TIMEOUT_S = 120.0  # the first query waits until the server has loaded the model
+
 
 @dataclass(frozen=True, slots=True)
 class Mine:
@@ -114,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
     mine = Mine(**{name: getattr(given, name) for name in names})
     from shoal.client import Client
 
-    with Client(given.address, api_key=given.api_key) as client:
+    with Client(given.address, api_key=given.api_key, timeout_s=SEARCH_TIMEOUT_S) as client:
         if given.pairs is not None:
             pairs = read_pairs(given.pairs)
         else:

@@ -1,0 +1,58 @@
+"""Pairs and hard negatives from a collection, asked of a real server."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from encoder.train.data import Pair, read_pairs
+from encoder.train.mining import Mine, choose_negatives
+from shoal.client import Client, Texts, VectorParams
+
+NOTES = {
+    "How do I fix the radiator?": "Bleed the radiator when it stays cold at the top.",
+    "Where is my passport?": "The passport lies in the second drawer.",
+    "What do we eat on Friday?": "On Fridays there is fish with potatoes.",
+    "Who repairs bicycles?": "The shop at the corner repairs bicycles and prams.",
+    "When does the boiler need service?": "The boiler is serviced every autumn.",
+}
+
+
+def test_negatives_are_near_and_not_known_to_fit():
+    mine = Mine("c", "text", negatives=2, skip=1)
+    found = ["answer", "unwritten answer", "near", "near", " other ", "", "nearer"]
+    for seed in range(20):
+        chosen = choose_negatives(found, {"answer"}, mine, random.Random(seed))
+        assert len(chosen) == 2 == len(set(chosen))
+        assert set(chosen) <= {"near", "other", "nearer"}
+    assert choose_negatives(["answer"], {"answer"}, mine, random.Random(1)) == ()
+
+
+@pytest.mark.slow
+def test_pairs_of_a_collection_get_negatives_from_it(server, collection, tmp_path):
+    from encoder.train import mining
+
+    payloads = [{"question": q, "text": t} for q, t in NOTES.items()] + [{"text": "no question"}]
+    with Client(server.grpc) as client:
+        client.create_collection(collection, VectorParams(384))
+        texts = [p["text"] for p in payloads]
+        client.upsert(collection, range(len(texts)), Texts(texts), payloads, timeout_s=120)
+    flags = ["--address", server.grpc, "--collection", collection, "--text-field", "text"]
+    flags += ["--negatives", "2", "--skip", "1", "--out", str(tmp_path / "pairs.jsonl")]
+    assert mining.run([*flags, "--query-field", "question"]) == 0
+    pairs = read_pairs(tmp_path / "pairs.jsonl")
+    assert {p.query: p.positive for p in pairs} == NOTES
+    for pair in pairs:
+        assert len(pair.negatives) == 2
+        assert pair.positive not in pair.negatives
+        assert set(pair.negatives) <= set(texts)
+    # The same for pairs that come from a file.
+    again = tmp_path / "again.jsonl"
+    flags[-1] = str(again)
+    bare = tmp_path / "bare.jsonl"
+    from encoder.train.data import write_pairs
+
+    write_pairs(bare, [Pair(p.query, p.positive) for p in pairs])
+    assert mining.run([*flags, "--pairs", str(bare)]) == 0
+    assert read_pairs(again) == pairs
