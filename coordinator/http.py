@@ -24,6 +24,7 @@ from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator, truncated_texts
+from shoal.configuration import nearest
 from shoal.errors import (
     BadRequest,
     BodyTooLarge,
@@ -278,6 +279,11 @@ def _options(query: bytes) -> Options:
     for name, check, wanted in _CHECKS:
         if name in given and not check(given[name]):
             raise BadRequest(f"Wrong input: query parameter `{name}` must be {wanted}")
+    if unknown := given.keys() - _PARAMETERS:
+        name = min(unknown)
+        raise BadRequest(
+            f"Wrong input: there is no query parameter `{name}`.{nearest(name, _PARAMETERS)}"
+        )
     timeout = given.get("timeout")
     return Options(
         wait=given.get("wait", "false") == "true",
@@ -304,3 +310,5 @@ _CHECKS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     ("consistency", _is_consistency, "a number of replicas, majority, quorum or all"),
     ("timeout", _is_timeout, f"a number of seconds from 1 to {REQUEST_TIMEOUT_S_MAX}"),
 )
+# anonymize: of /metrics and /telemetry; there is nothing to anonymize
+_PARAMETERS = frozenset((*(name for name, *_ in _CHECKS), "anonymize"))

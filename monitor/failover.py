@@ -449,19 +449,22 @@ class _Planner:
     # -- copies that go ---------------------------------------------------------------------------
     def leave(self, shard: ShardView) -> None:
         record = shard.record
-        if len(record.in_sync) < shard.wanted or shard.key in self._troubled:
+        nodes = {name: self.view.node(name) for name in record.in_sync}
+        sound = {n for n, node in nodes.items() if node.in_touch and node.sound_replica(shard.key)}
+        if record.primary not in sound or shard.key in self._troubled:
             return
-        nodes = [self.view.node(name) for name in record.in_sync]
-        if not all(node.in_touch and node.sound_replica(shard.key) for node in nodes):
-            return  # the record may be about to change: then the old copy is worth having
+        # Otherwise the record may be about to change: then the old copy is worth having.
+        enough = len(sound) == len(nodes) and len(nodes) >= shard.wanted
         for node in self._outside(shard):
-            if node.replica(shard.key) is not None:
-                reason = (
-                    f"{len(record.in_sync)} copies are in sync and {shard.wanted} are wanted; the one "
-                    f"on {node.id} is old."
-                )
-                self.actions.append(Leave(shard.key, shard.revision, node.id, reason))
-                return
+            replica = node.replica(shard.key)
+            if replica is None or not (enough or is_stopped(replica)):
+                continue
+            reason = (
+                f"{len(nodes)} copies are in sync and {shard.wanted} are wanted; the one on {node.id} "
+                + ("is damaged and in the way of a new one." if is_stopped(replica) else "is old.")
+            )
+            self.actions.append(Leave(shard.key, shard.revision, node.id, reason))
+            return
 
     def look_at_nodes(self) -> None:
         """A sentence for every node that holds copies and is away."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -183,5 +184,5 @@ def _explain(
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = re.sub(r"//[^/]*@", "//…@", repr(value))  # a password in an address is not for logs
     return text if len(text) <= 80 else text[:77] + "..."

@@ -450,6 +450,8 @@ class ClusterSettings(BaseModel):
     def _is_etcd(cls, value: str) -> str:
         if not value.startswith("etcd://"):
             raise ValueError("only etcd:// is known")
+        if "@" in value:
+            raise ValueError("user and password belong into etcd_user and etcd_password")
         for endpoint in value.removeprefix("etcd://").split(","):
             match = _ENDPOINT.fullmatch(endpoint)
             if match is None or not 0 < int(match[2]) <= 65535:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from coordinator.router import Router
+from coordinator.router import Router, RouterSettings
 from coordinator.service import Coordinator
 from monitor.service import Monitor
 from shoal.encoder_choice import EitherEncoder
@@ -44,7 +44,9 @@ async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socke
     groups = EncoderClient(process.watched.entries, settings=process.rpc)
     encoder = EitherEncoder(groups, make_encoder(settings))
     stack.push_async_callback(encoder.close)
-    router = Router(process.store, process.nodes)
+    # Longer than a failover takes: the lease, the grace period, and the election of a monitor.
+    waits = RouterSettings(write_wait_s=max(15.0, 1.5 * process.settings.node_lease_s + 5.0))
+    router = Router(process.store, process.nodes, settings=waits)
     await patiently(router.start)
     stack.push_async_callback(router.close)
     service = Coordinator(

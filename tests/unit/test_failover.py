@@ -277,13 +277,24 @@ def test_a_new_copy_waits_for_the_old_one_to_come_back():
         node("s4", replica(ShardKey(8, 0), writable=False)),
         node("s4", answers=False),
         node("s4", lease=False),
-        node("s4", replica(stopped="bad crc")),
     ],
 )
 def test_nodes_that_get_no_new_copy(useless):
     found = plan(shard("s1 s2"), *sound("s1", "s2"), useless)
     assert not found.actions
     assert any("start another storage node" in each.reason for each in found.findings)
+
+
+def test_a_damaged_copy_makes_room_for_a_new_one():
+    damaged = node("s4", replica(stopped="bad crc"))
+    found = only(plan(shard("s1 s2"), *sound("s1", "s2"), damaged))
+    assert isinstance(found, Leave)
+    assert found.node == "s4"
+    assert "damaged" in found.reason
+    dead_primary = [node("s1", **GONE), *sound("s2")]
+    assert not any(
+        isinstance(action, Leave) for action in plan(shard("s1 s2"), *dead_primary, damaged).actions
+    )
 
 
 def test_a_new_copy_goes_to_another_zone_and_to_the_emptiest_node():
