@@ -24,6 +24,7 @@ BENCHMARKS = {
     "filters": 900,
     "shards": 1_500,
     "rpc": 300,
+    "encoder": 900,
     "cluster": 900,
     "compare": 1_800,
     "memory": 2_400,

@@ -323,16 +323,14 @@ def _resident_bytes() -> int:
 
 
 def run_rank() -> None:
-    """The whole life of one process, as encoder/group.py has it started. Ends the process unless all
-    went well."""
+    """The whole life of one process, as encoder/group.py has it started. Ends the process."""
     try:
         status = _live()
     except Exception as error:
         _log.error("rank_failed", error=error)
         status = EXIT_BROKEN
-    if status:
-        sys.stderr.flush()
-        os._exit(status)
+    sys.stderr.flush()
+    os._exit(status)  # to return would mean to wait for the parent, which may be gone
 
 
 def _live() -> int:
