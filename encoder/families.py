@@ -37,6 +37,8 @@ class Family:
     head_counts        settings that the number of tensor-parallel processes must divide.
     divided            attributes of modules that count heads or their numbers: each process has its
                        part of them.
+    per_head           modules that are not cut and see one process's heads only: what each process
+                       learns of them is a part, which training adds up.
     positions_from     the first position that a text takes; earlier ones are for padding.
     """
 
@@ -49,6 +51,7 @@ class Family:
     fused: tuple[tuple[str, int], ...] = ()
     head_counts: tuple[str, ...] = ("num_attention_heads",)
     divided: tuple[tuple[str, str], ...] = ()
+    per_head: tuple[str, ...] = ()
     positions_from: int = 0
 
 
@@ -111,6 +114,7 @@ FAMILIES: Mapping[str, Family] = {
         before="embed_tokens",
         after="norm",
         head_counts=("num_attention_heads", "num_key_value_heads"),
+        per_head=("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"),
     ),
 }
 

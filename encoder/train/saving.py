@@ -17,7 +17,7 @@ from encoder.model import ModelFolder
 from encoder.parallel import Stage, join_fused
 from shoal.errors import must
 
-__all__ = ["save_model", "whole_parameters"]
+__all__ = ["save_model", "unfused", "whole_parameters"]
 
 _CODE = {
     ".py",
@@ -67,7 +67,7 @@ def save_model(
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    tensors = _unfused(parameters, family, tp)
+    tensors = unfused(parameters, family, tp)
     kept: dict[str, torch.Tensor] = {}
     used: set[str] = set()
     with safe_open(source.path / "model.safetensors", "pt") as file:
@@ -103,9 +103,10 @@ def _name_in_network(key: str, tensors: Mapping[str, torch.Tensor]) -> str | Non
     return next((name for name in (key, key.partition(".")[2]) if name in tensors), None)
 
 
-def _unfused(
+def unfused(
     parameters: Mapping[str, torch.Tensor], family: Family, tp: int
 ) -> dict[str, torch.Tensor]:
+    """The same with the rows of fused matrices in the order of one process."""
     if tp == 1 or not family.fused:
         return dict(parameters)
     tree = torch.nn.Module()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Any, cast
 
 import numpy as np
@@ -78,6 +79,12 @@ class Trainer:
         self._places = {name: mesh[name].get_local_rank() for name in ("dp", "pp", "tp")}
         self.stage = self._build_stage()
         self.module = self._wrapped()
+        self._in_all_stages = self._shared_parameters()
+        self._per_head = [
+            parameter
+            for name, parameter in self.stage.network.named_parameters()
+            if settings.tp > 1 and any(fnmatch(name, f"{path}.*") for path in self.family.per_head)
+        ]
         self.optimizer = _adamw(self.stage, settings)
         self._averaging = self._local_sgd() if settings.mode == "local-sgd" else None
         autocast = settings.precision == "bfloat16"
@@ -145,6 +152,17 @@ class Trainer:
         )
         return state, averager
 
+    def _shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that every stage of the pipeline uses, such as MPNet's position biases: each has
+        them, and a part of their gradient."""
+        own = dict(self.stage.network.named_parameters())
+        stages = self.settings.pp
+        if stages == 1:
+            return []
+        names: list[set[str]] = [set() for _ in range(stages)]
+        dist.all_gather_object(names, set(own), group=self.mesh["pp"].get_group())
+        return [own[name] for name in sorted(set.intersection(*names))]
+
     def continue_at(self, step: int) -> None:
         """Counters that the averaging keeps for itself; after a checkpoint was loaded."""
         if self._averaging is not None:
@@ -184,6 +202,8 @@ class Trainer:
             last = len(losses) == len(batches) - 1
             losses.append(self._one_batch(batch, share=1 / len(batches), last=last))
         loss = torch.stack(losses).mean()
+        _add_up(self._in_all_stages, self.mesh["pp"].get_group())
+        _add_up(self._per_head, self.mesh["tp"].get_group())
         if self.settings.pp > 1:
             dist.broadcast(loss, group=self.mesh["pp"].get_group(), group_src=self.settings.pp - 1)
         return float(loss)
@@ -235,8 +255,10 @@ class Trainer:
         """The length of the gradient over the whole model; a longer one than clip_norm is cut to it."""
         parameters = [p for p in self.stage.parameters() if p.grad is not None]
         total = torch.zeros((), device=self._device)
+        shared = set(self._in_all_stages)
         for parameter in parameters:
-            total += _squares(cast(torch.Tensor, parameter.grad), self.settings)
+            share = 1 / self.settings.pp if parameter in shared else 1.0
+            total += share * _squares(cast(torch.Tensor, parameter.grad), self.settings)
         if self.settings.mode == "sync":
             dist.all_reduce(total)
         norm = float(total.sqrt())
@@ -294,6 +316,14 @@ def _set_dropout(network: nn.Module, share: float) -> None:
             module.p = share
         elif isinstance(getattr(module, "attention_dropout", None), float):
             cast(Any, module).attention_dropout = share
+
+
+def _add_up(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Gradients of which each process of the group has a part."""
+    for parameter in parameters:
+        gradient = cast(torch.Tensor, parameter.grad)
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        dist.all_reduce(local, group=group)
 
 
 def _dice(seed: int, *parts: int) -> int:

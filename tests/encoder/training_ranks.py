@@ -76,8 +76,8 @@ def words() -> list[str]:
     return ["".join(dice.choices(string.ascii_lowercase, k=6)) for _ in range(WORDS)]
 
 
-def tiny_model(folder: Path) -> Path:
-    """A random BERT: 4 layers of 4 heads, 64 wide, with a tokenizer for `words`."""
+def tiny_model(folder: Path, model_type: str = "bert") -> Path:
+    """A random model: 4 layers of 4 heads, 64 wide, with a tokenizer for `words`."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -91,15 +91,24 @@ def tiny_model(folder: Path) -> Path:
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(3)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=64,
-    )
-    network = transformers.BertModel(config, add_pooling_layer=False)
+    chosen: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    if model_type == "qwen3":
+        chosen |= {"num_key_value_heads": 2, "head_dim": 16}
+    if model_type == "modernbert":
+        chosen |= {"global_attn_every_n_layers": 2, "local_attention": 8}
+        chosen |= {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    config = transformers.AutoConfig.for_model(model_type, **chosen)
+    network = transformers.AutoModel.from_config(config)
+    if getattr(network, "pooler", None) is not None:
+        network.pooler = None
     with torch.no_grad():  # as far from each other as trained ones are
         for parameter in network.parameters():
             if parameter.ndim > 1:
