@@ -140,7 +140,7 @@ class Case:
 
 def main() -> None:
     quick = options(__doc__).quick
-    points, searches, rounds = (3_000, 200, 2) if quick else (20_000, 2_000, 5)
+    points, searches, rounds = (3_000, 200, 2) if quick else (10_000, 1_000, 5)
     corpus = data.load(points)
     report = Report(
         "cluster",
@@ -316,6 +316,7 @@ def insert_rows(
     def variant(where: str) -> Callable[[int], float]:
         def once(number: int) -> float:
             front = fronts[where]
+            front.disconnect()  # it was quiet for long, and servers close what is
             front.create(
                 INSERTED,
                 data.DIM,
