@@ -268,7 +268,8 @@ class _Group:
         self._waiting: dict[int, asyncio.Future[pb.EmbedReply]] = {}
         self._call: EmbedCall | None = None
         self._opening: asyncio.Task[EmbedCall] | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._outbox: asyncio.Queue[pb.EmbedRequest] = asyncio.Queue()
+        self._pump: asyncio.Task[None] | None = None
 
     @property
     def depth(self) -> int:
@@ -293,20 +294,18 @@ class _Group:
         own.CopyFrom(request)
         own.id = number
         future: asyncio.Future[pb.EmbedReply] = asyncio.get_running_loop().create_future()
-        call = await self._opened()
+        await self._opened()
         self._waiting[number] = future
+        self._outbox.put_nowait(own)
         try:
             async with asyncio.timeout(self._settings.read_timeout_s):
-                await call.write(own)
                 reply = await future
         except TimeoutError:
-            self._cancel(call, number)
+            self._give_up(number)
             raise TimedOut(f"{self._peer} did not answer in time") from None
         except asyncio.CancelledError:
-            self._cancel(call, number)
+            self._give_up(number)
             raise
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            raise lost(self._peer, "it ended the connection", maybe_applied=False) from None
         finally:
             self._waiting.pop(number, None)
         self.waiting_tokens = reply.waiting_tokens
@@ -314,10 +313,8 @@ class _Group:
             raise decode_error(reply.error)
         return reply
 
-    def _cancel(self, call: EmbedCall, number: int) -> None:
-        if not call.done():
-            task = asyncio.ensure_future(call.write(pb.EmbedRequest(id=number, cancelled=True)))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    def _give_up(self, number: int) -> None:
+        self._outbox.put_nowait(pb.EmbedRequest(id=number, cancelled=True))
 
     async def _opened(self) -> EmbedCall:
         """The call that is open, or a new one; several who ask share it."""
@@ -358,11 +355,31 @@ class _Group:
             call.cancel()
             raise lost(self._peer, "no connection in time", maybe_applied=False) from None
         self._call = call
-        self._reader = asyncio.create_task(self._read(call))
+        self._outbox = asyncio.Queue()  # what is left of the call before was given up
+        self._pump = asyncio.create_task(self._exchange(call, self._outbox))
         return call
 
-    async def _read(self, call: EmbedCall) -> None:
-        why = "it ended the connection"
+    async def _exchange(self, call: EmbedCall, outbox: asyncio.Queue[pb.EmbedRequest]) -> None:
+        """One call, until it ends; whoever waits then fails."""
+        writer = asyncio.create_task(self._write(call, outbox))
+        try:
+            why = await self._read(call)
+        finally:
+            writer.cancel()
+            await asyncio.wait([writer])
+            call.cancel()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(lost(self._peer, why, maybe_applied=False))
+
+    async def _write(self, call: EmbedCall, outbox: asyncio.Queue[pb.EmbedRequest]) -> None:
+        """One message after the other: gRPC takes no second one while the first is on its way."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await call.write(await outbox.get())
+
+    async def _read(self, call: EmbedCall) -> str:
+        """Why the call ended."""
         try:
             while (said := await call.read()) is not grpc.aio.EOF:
                 reply = cast(pb.EmbedReply, said)
@@ -370,12 +387,10 @@ class _Group:
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)
         except grpc.aio.AioRpcError as error:
-            why = error.details() or why
-        except (asyncio.CancelledError, asyncio.InvalidStateError):
-            why = "this process closed the connection"
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(lost(self._peer, why, maybe_applied=False))
+            return error.details() or error.code().name
+        except asyncio.InvalidStateError:
+            return "the connection was closed"
+        return "it ended the connection"
 
     async def status(self, facts: EncoderFacts) -> GroupStatus:
         call = self._channel.unary_unary(
@@ -393,13 +408,14 @@ class _Group:
         return GroupStatus(self.node, self.address, facts, reply=reply)
 
     async def close(self) -> None:
-        for task in (self._opening, self._reader):
+        for task in (self._opening, self._pump):
             if task is not None:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, ShoalError):
-                    await task
-        if self._call is not None:
-            self._call.cancel()
+                await asyncio.wait([task])
+        why = "this process closed the connection"
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(lost(self._peer, why, maybe_applied=False))
         await self._channel.close()
 
 

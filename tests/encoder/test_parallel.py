@@ -129,11 +129,13 @@ def test_the_table_names_modules_that_exist(model_type: str) -> None:
 def test_layouts_that_do_not_fit_are_refused_with_what_would() -> None:
     config = {"model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 6}
     check_layout(config, tp=3, pp=6)
-    with pytest.raises(SettingsError, match="12 num_attention_heads and tp is 5.*1, 2, 3, 4, 6, 12"):
+    with pytest.raises(
+        SettingsError, match=r"12 num_attention_heads and tp is 5.*1, 2, 3, 4, 6, 12"
+    ):
         check_layout(config, tp=5, pp=1)
     with pytest.raises(SettingsError, match="6 layers and pp is 7"):
         check_layout(config, tp=1, pp=7)
-    with pytest.raises(NotSupported, match="'gpt9' cannot be split.*bert"):
+    with pytest.raises(NotSupported, match=r"'gpt9' cannot be split.*bert"):
         check_layout({"model_type": "gpt9"}, tp=2, pp=1)
 
 

@@ -1,0 +1,317 @@
+"""The engine of a rank group over a model of the test's own: order, bounds, halving, failure; and its
+gRPC face with the client of coordinators on the other end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("tokenizers")
+
+from encoder.batching import Lane
+from encoder.engine import Engine, OutOfMemory
+from encoder.model import TokenizedText
+from encoder.server import EncoderServer
+from shoal.encoder.v1 import encoder_pb2 as pb
+from shoal.encoder_api import ModelInfo
+from shoal.errors import BadRequest, Busy, InvariantError, NotSupported, Unavailable
+from shoal.health_server import HealthServer
+from shoal.metadata.contract import KeyValue
+from shoal.metadata.schema import EncoderFacts, NodeRecord, NodeRole
+from shoal.rpc.encoder import EncoderClient
+
+DIM = 4
+INFO = ModelInfo("lengths", DIM, 8, "f" * 64, ("len",), loaded=True, precision="float32")
+
+
+class Lengths:
+    """A vector is (number of tokens, first token, 0, 0). Batches of more than `fits` padded tokens run
+    out of memory; while `gate` is closed nothing is computed."""
+
+    def __init__(self, fits: int = 1 << 30) -> None:
+        self.fits = fits
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.at_work = threading.Event()
+        self.fails: Exception | None = None
+
+    def forward(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        self.at_work.set()
+        assert self.gate.wait(30)
+        if self.fails is not None:
+            raise self.fails
+        if len(token_ids) * max(map(len, token_ids)) > self.fits:
+            raise OutOfMemory
+        self.batches.append([len(ids) for ids in token_ids])
+        return np.array([[len(ids), ids[0], 0, 0] for ids in token_ids], np.float32)
+
+    def idle(self) -> None:
+        self.batches.append([])
+
+
+def engine_over(
+    model: Lengths, *, queue_tokens_max: int = 10_000
+) -> tuple[Engine, list[Exception]]:
+    broken: list[Exception] = []
+    engine = Engine(
+        model,
+        dim=DIM,
+        batch_tokens_max=64,
+        queue_tokens_max=queue_tokens_max,
+        broken=broken.append,
+    )
+    return engine, broken
+
+
+def ids(*lengths: int) -> list[list[int]]:
+    return [[length] * length for length in lengths]
+
+
+def test_answers_are_in_the_order_of_the_texts() -> None:
+    engine, _ = engine_over(Lengths())
+    _, future = engine.submit(ids(9, 1, 30, 2), Lane.BULK)
+    assert future.result(30)[:, 0].tolist() == [9, 1, 30, 2]
+    engine.close(Unavailable("end"))
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_later_ones_are_smaller() -> None:
+    model = Lengths(fits=20)
+    engine, _ = engine_over(model)
+    _, future = engine.submit(ids(8, 8, 8, 8, 8, 8), Lane.BULK)
+    assert future.result(30)[:, 0].tolist() == [8] * 6
+    assert all(len(batch) * max(batch) <= 20 for batch in model.batches if batch)
+    assert engine.splits_total >= 2
+    _, lost = engine.submit(ids(30), Lane.BULK)
+    with pytest.raises(InvariantError, match="single text of 30 tokens does not fit"):
+        lost.result(30)
+    _, future = engine.submit(ids(3), Lane.BULK)
+    assert future.result(30)[0, 0] == 3
+    engine.close(Unavailable("end"))
+
+
+def test_beyond_the_bound_callers_are_told_to_come_back() -> None:
+    model = Lengths()
+    model.gate.clear()
+    engine, _ = engine_over(model, queue_tokens_max=40)
+    _, running = engine.submit(ids(5), Lane.BULK)
+    assert model.at_work.wait(30)
+    engine.submit(ids(35), Lane.BULK)
+    with pytest.raises(Busy, match="1 texts with 35 tokens already wait") as caught:
+        engine.submit(ids(6), Lane.INTERACTIVE)
+    assert caught.value.retry_after_s >= 1
+    model.gate.set()
+    assert running.result(30)[0, 0] == 5
+    engine.close(Unavailable("end"))
+
+
+def test_a_query_overtakes_an_import() -> None:
+    model = Lengths()
+    model.gate.clear()
+    engine, _ = engine_over(model)
+    _, first = engine.submit(ids(60), Lane.BULK)
+    assert model.at_work.wait(30)
+    _, bulk = engine.submit(ids(*[50] * 6), Lane.BULK)
+    _, query = engine.submit(ids(7), Lane.INTERACTIVE)
+    model.gate.set()
+    bulk.result(30)
+    assert first.done()
+    assert query.done()
+    batches = [batch for batch in model.batches if batch]
+    assert batches[1] == [7]
+    engine.close(Unavailable("end"))
+
+
+def test_a_broken_group_fails_everybody_at_once_and_who_comes_later() -> None:
+    model = Lengths()
+    model.gate.clear()
+    engine, _ = engine_over(model)
+    _, running = engine.submit(ids(5), Lane.BULK)
+    assert model.at_work.wait(30)
+    _, waiting = engine.submit(ids(6), Lane.BULK)
+    engine.fail(Unavailable("a process is lost"))
+    for future in (running, waiting):
+        with pytest.raises(Unavailable, match="a process is lost"):
+            future.result(1)
+    with pytest.raises(Unavailable, match="a process is lost"):
+        engine.submit(ids(1), Lane.BULK)
+    model.gate.set()
+    engine.close(Unavailable("end"))
+
+
+def test_what_ends_the_thread_is_reported() -> None:
+    model = Lengths()
+    engine, broken = engine_over(model)
+    model.fails = RuntimeError("connection closed by peer")
+    engine.submit(ids(5), Lane.BULK)
+    assert model.at_work.wait(30)
+    engine.close(Unavailable("end"))
+    assert [str(error) for error in broken] == ["connection closed by peer"]
+
+
+# -- over gRPC -------------------------------------------------------------------------------------
+class Words:
+    """One token a word, eight at most."""
+
+    def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
+        words = [[len(word) for word in text.split()] or [1] for text in texts]
+        return [TokenizedText(w[:8], len(w) > 8) for w in words]
+
+
+class Group(SimpleNamespace):
+    """A registered encoder: its model, engine, server and entry in the metadata."""
+
+
+@asynccontextmanager
+async def group(name: str, info: ModelInfo = INFO) -> AsyncIterator[Group]:
+    model = Lengths()
+    engine, _ = engine_over(model, queue_tokens_max=100)
+    server = EncoderServer(
+        engine,
+        Words(),  # type: ignore[arg-type]
+        info,
+        node_id=name,
+        describe=lambda reply: reply.ranks.extend([pb.Rank(rank=0, parameter_bytes=64)]),
+    )
+    port = await HealthServer.start("127.0.0.1", 0, None, [server.handlers()])
+    record = NodeRecord(
+        version=2,
+        id=name,
+        role=NodeRole.ENCODER,
+        incarnation="1",
+        grpc=f"127.0.0.1:{port.port}",
+        encoder=EncoderFacts(
+            model=info.name,
+            aliases=list(info.aliases),
+            dim=info.dim,
+            max_tokens=info.max_tokens,
+            fingerprint=info.fingerprint or "",
+            precision="float32",
+        ),
+    )
+    entry = KeyValue(record.key, record.to_bytes(), 1)
+    try:
+        yield Group(model=model, engine=engine, server=port, entry=entry)
+    finally:
+        model.gate.set()
+        await asyncio.to_thread(engine.close, Unavailable("end"))
+        await server.finish(5)
+        await port.close()
+
+
+@asynccontextmanager
+async def client(*groups: Group) -> AsyncIterator[EncoderClient]:
+    made = EncoderClient({g.entry.key: g.entry for g in groups})
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def until(there: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not there():  # noqa: ASYNC110, what is waited for happens in a thread
+            await asyncio.sleep(0.01)
+
+
+def run(scenario: Any) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+def test_texts_come_back_as_vectors_and_what_was_cut_is_told() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, client(one) as encoder:
+            said = await encoder.encode(["a bb", "x " * 20, ""], "LEN")
+            assert said.vectors[:, 0].tolist() == [2, 8, 1]
+            assert said.tokens.tolist() == [2, 8, 1]
+            assert said.truncated.tolist() == [False, True, False]
+            assert said.fingerprint == INFO.fingerprint
+            assert (await encoder.embed([], "len")).shape == (0, DIM)
+            (info,) = encoder.models()
+            assert (info.name, info.texts_total, info.truncated_total) == ("lengths", 3, 1)
+            (described,) = await encoder.describe()
+            assert described["state"] == "up"
+            assert described["ranks"][0]["parameter_bytes"] == 64
+            with pytest.raises(BadRequest, match="model 'other' is not known"):
+                await encoder.embed(["a"], "other")
+            with pytest.raises(BadRequest, match=r"fingerprint 0000.*has ffff"):
+                await encoder.encode(["a"], "len", "0" * 64)
+
+    run(scenario())
+
+
+def test_without_any_encoder_people_are_told_what_to_start() -> None:
+    async def scenario() -> None:
+        async with client() as encoder:
+            with pytest.raises(NotSupported, match="shoal encoder serve"):
+                await encoder.embed(["a"], "len")
+
+    run(scenario())
+
+
+def test_work_goes_to_the_group_with_less_of_it() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, group("e2") as two, client(one, two) as encoder:
+            one.model.gate.clear()
+            two.model.gate.clear()
+            asked = [asyncio.ensure_future(encoder.embed([f"text {i}"], "len")) for i in range(8)]
+            await until(lambda: one.engine.waiting[0] + two.engine.waiting[0] >= 6)
+            assert abs(one.engine.waiting[0] - two.engine.waiting[0]) <= 2
+            one.model.gate.set()
+            two.model.gate.set()
+            await asyncio.gather(*asked)
+
+    run(scenario())
+
+
+def test_another_group_takes_over_when_one_is_lost_or_busy() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, group("e2") as two, client(one, two) as encoder:
+            one.model.gate.clear()
+            two.model.gate.clear()
+            asked = [asyncio.ensure_future(encoder.embed([f"text {i}"], "len")) for i in range(4)]
+            await until(lambda: one.engine.waiting[0] + two.engine.waiting[0] >= 2)
+            one.engine.fail(Unavailable("a process is lost"))
+            two.model.gate.set()
+            answers = await asyncio.gather(*asked)
+            assert [int(answer[0, 0]) for answer in answers] == [2] * 4
+            await one.server.close()
+            assert (await encoder.embed(["still here"], "len"))[0, 0] == 2
+
+    run(scenario())
+
+
+def test_when_all_groups_are_lost_the_error_may_be_retried() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, client(one) as encoder:
+            assert len(await encoder.embed(["a"], "len")) == 1
+            await one.server.close()
+            with pytest.raises(Unavailable) as caught:
+                await encoder.embed(["a"], "len")
+            assert caught.value.retryable
+
+    run(scenario())
+
+
+def test_a_caller_that_leaves_frees_its_place() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, client(one) as encoder:
+            one.model.gate.clear()
+            first = asyncio.ensure_future(encoder.embed(["a"], "len"))
+            await asyncio.to_thread(one.model.at_work.wait, 30)
+            second = asyncio.ensure_future(encoder.embed(["b c d"], "len"))
+            await until(lambda: one.engine.waiting[0] == 1)
+            second.cancel()
+            await until(lambda: one.engine.waiting[0] == 0)
+            one.model.gate.set()
+            assert len(await first) == 1
+
+    run(scenario())

@@ -1,0 +1,142 @@
+"""What a rank group decides: which texts go together, who is lost. No thread, no clock."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from encoder.batching import Lane, Row, TokenQueue, halves
+from encoder.liveness import BATCH_S_MAX, BEAT_S, SILENCE_S_MAX, STANDSTILL_S_MAX, Beat, Liveness
+
+
+def rows(request: int, *lengths: int) -> list[Row]:
+    return [Row(request, place, [7] * length) for place, length in enumerate(lengths)]
+
+
+def places(batch: list[Row]) -> list[tuple[int, int]]:
+    return [(row.request_id, row.position) for row in batch]
+
+
+def test_the_bound_is_in_tokens_and_a_request_that_is_alone_is_let_in() -> None:
+    queue = TokenQueue(tokens_max=100)
+    assert queue.offer(rows(1, 500), Lane.BULK)
+    assert not queue.offer(rows(2, 1), Lane.INTERACTIVE)
+    assert (len(queue), queue.tokens) == (1, 500)
+    queue.forget(1)
+    assert (len(queue), queue.tokens) == (0, 0)
+    assert queue.offer(rows(3, 60), Lane.BULK)
+    assert queue.offer(rows(4, 40), Lane.BULK)
+    assert not queue.offer(rows(5, 1), Lane.BULK)
+
+
+def test_queries_go_before_an_import_and_do_not_starve_it() -> None:
+    queue = TokenQueue(tokens_max=10_000)
+    queue.offer(rows(1, *[10] * 8), Lane.BULK)
+    queue.offer(rows(2, 5), Lane.INTERACTIVE)
+    taken = []
+    for query in range(3, 6):
+        taken.append(places(queue.take(tokens_max=20, rows_max=99)))
+        queue.offer(rows(query, 5), Lane.INTERACTIVE)
+    assert taken[0] == [(2, 0)]
+    assert taken[1] == [(1, 0), (1, 1)]  # its turn, though a query waits
+    assert taken[2] == [(3, 0), (4, 0)]  # the queries that came meanwhile, together
+
+
+def test_like_lengths_go_together_and_the_oldest_text_is_never_passed_over() -> None:
+    queue = TokenQueue(tokens_max=10_000)
+    queue.offer(rows(1, 50, 3, 48, 4, 5, 47), Lane.BULK)
+    assert places(queue.take(tokens_max=150, rows_max=99)) == [(1, 0), (1, 2), (1, 5)]
+    assert places(queue.take(tokens_max=150, rows_max=99)) == [(1, 1), (1, 3), (1, 4)]
+    assert queue.take(tokens_max=150, rows_max=99) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_text_comes_out_once_within_the_bounds(seed: int) -> None:
+    dice = random.Random(seed)
+    queue = TokenQueue(tokens_max=1 << 30)
+    offered, taken = set(), []
+    for request in range(30):
+        lengths = [dice.randint(1, 300) for _ in range(dice.randint(1, 20))]
+        assert queue.offer(rows(request, *lengths), dice.choice(list(Lane)))
+        offered |= {(request, place) for place in range(len(lengths))}
+        if dice.random() < 0.5:
+            taken.append(queue.take(tokens_max=512, rows_max=16))
+    while batch := queue.take(tokens_max=512, rows_max=16):
+        taken.append(batch)
+    for batch in taken:
+        longest = max((len(row.token_ids) for row in batch), default=0)
+        assert len(batch) <= 16
+        assert len(batch) * longest <= 512 or len(batch) == 1
+    out = [place for batch in taken for place in places(batch)]
+    assert sorted(out) == sorted(offered), f"seed {seed}"
+    assert queue.tokens == 0
+
+
+def test_halves_keep_every_text_and_part_short_from_long() -> None:
+    short, long = halves(rows(1, 9, 2, 7, 3, 8))
+    assert [len(row.token_ids) for row in short] == [2, 3]
+    assert [len(row.token_ids) for row in long] == [7, 8, 9]
+
+
+# -- who is lost -----------------------------------------------------------------------------------
+class Watched:
+    """A group of two whose beats are given by hand, and a clock that only moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.cpu = [0.0, 0.0]
+        self.liveness = Liveness(self.now)
+
+    def tick(self, *, beats: tuple[int, ...] = (0, 1), busy: bool = False, works: bool = True,
+             ready: bool = True, step: int = 1) -> object:  # fmt: skip
+        self.now += BEAT_S
+        for rank in beats:
+            self.cpu[rank] += BEAT_S if works and busy else 0.0
+            self.liveness.heard(Beat(rank, ready, step, busy, self.cpu[rank]), self.now)
+        return self.liveness.look(self.now)
+
+
+def test_a_process_that_falls_silent_is_named_soon() -> None:
+    group = Watched()
+    assert all(group.tick() is None for _ in range(20))
+    silent_from = group.now
+    while (lost := group.tick(beats=(0,))) is None:
+        assert group.now < silent_from + 2
+    assert group.now - silent_from <= SILENCE_S_MAX + 2 * BEAT_S
+    assert lost.rank == 1  # type: ignore[attr-defined]
+    assert "rank 1 hangs" in lost.why  # type: ignore[attr-defined]
+
+
+def test_a_batch_that_stands_still_is_found_though_everybody_beats() -> None:
+    group = Watched()
+    for _ in range(100):  # a long batch that computes is none of our business
+        assert group.tick(busy=True) is None
+    stuck_from = group.now
+    while (lost := group.tick(busy=True, works=False)) is None:
+        assert group.now < stuck_from + 2
+    assert group.now - stuck_from <= STANDSTILL_S_MAX + 2 * BEAT_S
+    assert lost.rank is None  # type: ignore[attr-defined]
+
+
+def test_a_group_without_work_may_stand_still() -> None:
+    group = Watched()
+    assert all(group.tick(busy=False, works=False) is None for _ in range(100))
+
+
+def test_nobody_is_missed_while_loading_or_while_we_were_away() -> None:
+    group = Watched()
+    assert all(group.tick(beats=(0,), ready=False) is None for _ in range(100))
+    group.tick()
+    group.now += 30  # this machine was suspended; both beats and looks stood still
+    assert group.liveness.look(group.now) is None
+    assert group.tick() is None
+
+
+def test_a_batch_has_a_last_bound_whatever_the_cpu_does() -> None:
+    group = Watched()
+    group.tick(busy=False, step=1)
+    began = group.now
+    while group.tick(busy=True, step=2) is None:
+        assert group.now < began + 2 * BATCH_S_MAX
+    assert group.now - began >= BATCH_S_MAX
