@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,14 +30,13 @@ def run(arguments: Sequence[str]) -> int:
     if settings.processes == 1 and not settings.max_restarts:
         return run_here(settings)
     status = subprocess.call(_torchrun(settings, arguments), env=_environment())
-    if status == 0:
-        return 0
-    if (settings.out / "rejected").is_dir() and not (settings.out / "model").is_dir():
-        return 1  # rank 0 has told why
-    raise TrainingFailed(
-        "The run ended before its model was saved; what went wrong stands above. The same command goes "
-        "on from the last checkpoint."
-    )
+    if status:
+        raise TrainingFailed(
+            "The run ended before its model was saved; what went wrong stands above. The same command "
+            "goes on from the last checkpoint."
+        )
+    result = json.loads((settings.out / "result.json").read_text(encoding="utf-8"))
+    return 1 if settings.gate and not result["verdict"]["accepted"] else 0  # rank 0 has told why
 
 
 def run_here(settings: TrainSettings) -> int:

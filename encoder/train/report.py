@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Report:
         self._progress.stop()
         if self._board is not None:
             self._board.close()
-        draw_curves({"": self._history}, self._out / "curves.png")
+        draw_curves({"": [self._history]}, self._out / "curves.png")
 
     def _write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
@@ -102,9 +102,9 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_curves(histories: Mapping[str, Path], out: Path) -> bool:
-    """Loss and held-out figures of one run, or of several by their names, as a PNG. False where
-    matplotlib is not installed."""
+def draw_curves(histories: Mapping[str, Sequence[Path]], out: Path) -> bool:
+    """Loss and held-out figures of runs as a PNG; those of one name, such as several seeds, in one
+    colour. False where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -113,20 +113,24 @@ def draw_curves(histories: Mapping[str, Path], out: Path) -> bool:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, file in histories.items():
-        lines = read_history(file)
-        steps = [line for line in lines if line["kind"] == "train"]
-        judged = [line for line in lines if line["kind"] == "held-out"]
-        left.plot([s["step"] for s in steps], _smooth([s["loss"] for s in steps]), label=name)
-        for metric, dash in (("ndcg@10", "-"), ("recall@10", "--")):
-            values = [line[metric] for line in judged]
-            label = f"{name} {metric}".strip()
-            right.plot([line["step"] for line in judged], values, dash, marker=".", label=label)
+    # Of one run all figures are shown; of several, one is enough to compare them by.
+    metrics = ("ndcg@10",) if len(histories) > 1 else ("ndcg@10", "recall@10", "mrr")
+    for number, (name, files) in enumerate(histories.items()):
+        for file in files:
+            lines = read_history(file)
+            steps = [line for line in lines if line["kind"] == "train"]
+            judged = [line for line in lines if line["kind"] == "held-out"]
+            label = name if file is files[0] else None
+            losses = _smooth([line["loss"] for line in steps])
+            left.plot([line["step"] for line in steps], losses, color=f"C{number}", label=label)
+            for metric, dash in zip(metrics, ("-", "--", ":"), strict=False):
+                values = [line[metric] for line in judged]
+                named = None if label is None else f"{name} {metric}".strip()
+                places = [line["step"] for line in judged]
+                right.plot(places, values, dash, marker=".", color=f"C{number}", label=named)
     left.set(xlabel="step", ylabel="loss (InfoNCE, smoothed)")
     right.set(xlabel="step", ylabel="held-out queries")
     right.legend(fontsize=7)
-    if len(histories) > 1:
-        left.legend(fontsize=7)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
     return True

@@ -312,7 +312,7 @@ def test_curves_of_a_history_that_a_crash_cut_off(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "ki')
     assert read_history(file) == lines
     pytest.importorskip("matplotlib")
-    assert draw_curves({"": file}, tmp_path / "curves.png")
+    assert draw_curves({"": [file]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
