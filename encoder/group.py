@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 
 from encoder.families import check_layout
-from encoder.link import LINK_VARIABLE, Hub
+from encoder.link import LINK_VARIABLE, PARENT_VARIABLE, Hub
 from encoder.model import INSTALL_HINT, ModelFolder, find_model, quiet_and_offline
 from shoal.errors import NotSupported, SettingsError, StartupError
 from shoal.settings import EncoderProcess
@@ -58,6 +58,7 @@ def run_group(settings: EncoderProcess) -> None:
         hub = Hub(Path(scratch), size=size)
         os.environ |= {
             LINK_VARIABLE: str(hub.path),
+            PARENT_VARIABLE: str(os.getpid()),
             SETTINGS_VARIABLE: settings_json(settings),
             "OMP_NUM_THREADS": str(settings.threads),
         }

@@ -24,9 +24,10 @@ from pathlib import Path
 from encoder.liveness import BEAT_S, Beat, Liveness
 from shoal.telemetry import logger
 
-__all__ = ["LINK_VARIABLE", "Hub", "Link", "Work"]
+__all__ = ["LINK_VARIABLE", "PARENT_VARIABLE", "Hub", "Link", "Work"]
 
 LINK_VARIABLE = "SHOAL_RANK_LINK"  # the path of the parent's socket
+PARENT_VARIABLE = "SHOAL_RANK_PARENT"  # its pid
 LINE_BYTES_MAX = 65_536
 
 _log = logger("encoder")
@@ -153,7 +154,12 @@ class Hub:
         attempt = self._attempt
         if attempt is None or attempt.abort is not None:
             return
-        lost = attempt.liveness.look(now_s)
+        at_work = {
+            rank
+            for rank in attempt.liveness.silent(now_s)
+            if rank in attempt.peers and _wants_a_core(attempt.peers[rank].pid)
+        }
+        lost = attempt.liveness.look(now_s, at_work)
         if lost is None:
             return
         peer = attempt.peers.get(lost.rank) if lost.rank is not None else None
@@ -172,6 +178,17 @@ class Hub:
     def _tell(self, peer: _Peer, why: str) -> None:
         with contextlib.suppress(OSError):
             peer.connection.send(json.dumps({"abort": why}).encode() + b"\n")
+
+
+def _wants_a_core(pid: int) -> bool:
+    """Whether a thread of it runs or could run at this moment. Known on Linux; elsewhere False."""
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+    except (OSError, IndexError):
+        return False
+    return False
 
 
 class Work:

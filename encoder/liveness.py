@@ -1,7 +1,8 @@
 """Which process of a rank group is dead or hangs. Pure: told what was heard and when, asked who is lost.
 
     every process ──a beat each 0.1 s: what its computing thread does──▶ the group's parent
-    silence          the process is stopped, or the machine starves it
+    silence          the process is stopped; if it runs, or waits for a core, it gets more time: Python
+                     says nothing while it collects garbage or a library holds its lock
     no progress      a batch is under way and no computing thread of the group used the CPU meanwhile:
                      one of them waits for something that will not come, the others for that one
 
@@ -11,12 +12,14 @@ Before a process is ready it imports and loads for seconds without a word: then 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 __all__ = ["BEAT_S", "Beat", "Liveness", "Lost"]
 
 BEAT_S = 0.1
 SILENCE_S_MAX = 0.6  # six beats; with the way to the callers this keeps errors within a second
+SILENCE_AT_WORK_S_MAX = 5.0  # of a process that runs or waits for a core
 STANDSTILL_S_MAX = 0.6
 PROGRESS_S_MIN = 0.001  # CPU seconds that count as progress; a thread that waits uses less
 BATCH_S_MAX = 60.0  # whatever the CPU does
@@ -73,8 +76,13 @@ class Liveness:
         if not busy or before is None or beat.step != before.beat.step:
             self._step_began_s = now_s if busy else None
 
-    def look(self, now_s: float) -> Lost | None:
-        """To be asked about every BEAT_S."""
+    def silent(self, now_s: float) -> list[int]:
+        """Ranks that have missed some beats."""
+        return [rank for rank, heard in sorted(self._heard.items()) if now_s - heard.at_s > _LATE_S]
+
+    def look(self, now_s: float, at_work: Container[int] = ()) -> Lost | None:
+        """To be asked about every BEAT_S. at_work: of the silent ranks, those that run at this moment
+        or wait for a core."""
         late = now_s - self._looked_s > _LATE_S
         self._looked_s = now_s
         if late:
@@ -83,7 +91,8 @@ class Liveness:
             self._moved_s = now_s
             return None
         for rank, heard in sorted(self._heard.items()):
-            if heard.beat.ready and now_s - heard.at_s > SILENCE_S_MAX:
+            bound_s = SILENCE_AT_WORK_S_MAX if rank in at_work else SILENCE_S_MAX
+            if heard.beat.ready and now_s - heard.at_s > bound_s:
                 return Lost(rank, f"rank {rank} hangs: not a word for {now_s - heard.at_s:.1f} s")
         if not all(heard.beat.ready for heard in self._heard.values()):
             return None

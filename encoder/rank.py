@@ -11,6 +11,7 @@ know nothing of the cluster. How a dead or hanging process is found: encoder/liv
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from encoder.engine import Engine, OutOfMemory
 from encoder.families import family_of
-from encoder.link import LINK_VARIABLE, Link, Work
+from encoder.link import LINK_VARIABLE, PARENT_VARIABLE, Link, Work
 from encoder.model import (
     PROBE_COSINE_MIN,
     PROBE_TEXTS,
@@ -272,7 +273,7 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
     )
     member.work.ready = True
     await process.register(grpc=server.port, encoder=facts)
-    process.announce(grpc=server.port, pid=os.getppid())
+    process.announce(grpc=server.port, pid=int(os.environ[PARENT_VARIABLE]))
     _log.info(
         "encoder_serves",
         model=info.name,
@@ -294,11 +295,13 @@ class StopAll:
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
+        self.broken = False
         self.over = False  # an orderly end: what follows is no failure
 
     def __call__(self, why: str) -> None:
         if self.over:
             return
+        self.broken = True
         if self.engine is not None:
             self.engine.fail(
                 Unavailable(
@@ -345,11 +348,16 @@ def _live() -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         member = Member(settings, work)
+        # What is here now stays: a collection that walked all of it would hold everybody for long.
+        gc.collect()
+        gc.freeze()
         if rank:
             work.ready = True
             member.follow()
         else:
             run_role(NodeRole.ENCODER, settings, lambda process: serve(process, member, stop_all))
+            if stop_all.broken:
+                return EXIT_BROKEN
             member.stop()
     except (StartupError, ShoalError) as error:
         link.fatal(error.message)

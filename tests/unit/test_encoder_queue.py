@@ -7,7 +7,15 @@ import random
 import pytest
 
 from encoder.batching import Lane, Row, TokenQueue, halves
-from encoder.liveness import BATCH_S_MAX, BEAT_S, SILENCE_S_MAX, STANDSTILL_S_MAX, Beat, Liveness
+from encoder.liveness import (
+    BATCH_S_MAX,
+    BEAT_S,
+    SILENCE_AT_WORK_S_MAX,
+    SILENCE_S_MAX,
+    STANDSTILL_S_MAX,
+    Beat,
+    Liveness,
+)
 
 
 def rows(request: int, *lengths: int) -> list[Row]:
@@ -140,3 +148,18 @@ def test_a_batch_has_a_last_bound_whatever_the_cpu_does() -> None:
     while group.tick(busy=True, step=2) is None:
         assert group.now < began + 2 * BATCH_S_MAX
     assert group.now - began >= BATCH_S_MAX
+
+
+def test_a_silent_process_that_wants_a_core_gets_more_time() -> None:
+    group = Watched()
+    group.tick()
+    silent_from = group.now
+    lost = None
+    while lost is None:
+        group.now += BEAT_S
+        group.liveness.heard(Beat(0, True, 1, False, 0.0), group.now)
+        at_work = [rank for rank in group.liveness.silent(group.now) if rank == 1]
+        lost = group.liveness.look(group.now, at_work)
+        assert group.now < silent_from + 2 * SILENCE_AT_WORK_S_MAX
+    assert group.now - silent_from > SILENCE_AT_WORK_S_MAX
+    assert lost.rank == 1
