@@ -34,6 +34,8 @@ def sweep(seeds: Sequence[int], workers: int, failures_max: int) -> int:
         results = pool.imap_unordered(_one, seeds, chunksize=10)
         for seed, problem in results:
             done += 1
+            if done % 1_000 == 0:
+                print(f"{done} seeds, {failed} failed", flush=True)
             if problem is not None:
                 failed += 1
                 print(f"seed {seed}: {problem}\n    replay: python -m tests.sim {seed}", flush=True)
