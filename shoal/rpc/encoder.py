@@ -98,7 +98,10 @@ class EncoderClient:
         tokens = int(size / _BYTES_PER_TOKEN) + len(texts)
         failure: ShoalError | None = None
         started_s = asyncio.get_running_loop().time()
-        for group in self._by_load(facts.model, fingerprint):
+        tried: set[_Group] = set()
+        # Looked up anew each time: a group that was started again has another address.
+        while (group := self._next(facts.model, fingerprint, tried)) is not None:
+            tried.add(group)
             try:
                 reply = await group.ask(request, tokens)
             except (Unavailable, TimedOut, Busy) as error:
@@ -213,6 +216,10 @@ class EncoderClient:
             self._poller = asyncio.create_task(self._poll(), name="encoder-depths")
         now_s = asyncio.get_running_loop().time()
         return sorted(groups, key=lambda group: (now_s < group.avoid_until_s, group.depth))
+
+    def _next(self, model: str, fingerprint: str | None, tried: set[_Group]) -> _Group | None:
+        groups = self._by_load(model, fingerprint)
+        return next((group for group in groups if group not in tried), None)
 
     def _group(self, record: NodeRecord) -> _Group:
         group = self._groups.get(record.id)

@@ -46,7 +46,14 @@ TEXTS = [f"sentence number {n} about one thing or another" for n in range(48)] +
 class ServedGroup:
     """One `shoal encoder serve`, and what it says."""
 
-    def __init__(self, folder: Path, endpoints: list[str], name: str, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        endpoints: list[str],
+        name: str,
+        fault: dict[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         self.folder = folder / name
         self.folder.mkdir()
         self._log = (self.folder / "log").open("wb")
@@ -57,7 +64,7 @@ class ServedGroup:
             [sys.executable, "-m", "shoal", "encoder", "serve", *flags],
             stdout=self._log,
             stderr=self._log,
-            env={k: v for k, v in os.environ.items() if not k.startswith("SHOAL_")},
+            env={k: v for k, v in os.environ.items() if not k.startswith("SHOAL_")} | (fault or {}),
             start_new_session=True,
         )
 
@@ -98,7 +105,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
 
 
 @contextmanager
-def served(folder: Path, etcd: EtcdCluster, **groups: dict[str, object]) -> Iterator[Any]:
+def served(folder: Path, etcd: EtcdCluster, **groups: dict[str, Any]) -> Iterator[Any]:
     started: dict[str, ServedGroup] = {}
     try:
         for name, settings in groups.items():
@@ -135,7 +142,7 @@ async def local_vectors() -> tuple[Any, ModelInfo]:
         await encoder.close()
 
 
-FLOAT32: dict[str, object] = {"encoder_precision": "float32"}
+FLOAT32: dict[str, Any] = {"encoder_precision": "float32"}
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -231,6 +238,24 @@ def test_a_lost_process_fails_its_requests_soon_and_the_group_forms_anew(
 
     with served(tmp_path, etcd, e1={"tp": 2, **FLOAT32}):
         asyncio.run(break_it())
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_halved_by_all_processes(
+    tmp_path: Path, etcd: EtcdCluster
+) -> None:
+    async def compare() -> None:
+        expected, _ = await local_vectors()
+        async with client(tmp_path, etcd) as encoder:
+            vectors = await encoder.embed(TEXTS[:48], DEFAULT_MODEL)
+            assert float(np.abs(vectors - expected.vectors[:48]).max()) <= 1e-5
+            (group,) = await encoder.describe()
+            assert group["splits_total"] >= 2
+            assert group["attempt"] == 0
+
+    # Enough for about sixteen of these texts at once.
+    fault = {"SHOAL_FAULT_MEMORY_BYTES": str(6 * 1024 * 1024)}
+    with served(tmp_path, etcd, e1={"tp": 2, "fault": fault, **FLOAT32}):
+        asyncio.run(compare())
 
 
 def test_another_group_takes_over_meanwhile(tmp_path: Path, etcd: EtcdCluster) -> None:
