@@ -184,11 +184,6 @@ BUGS = (
         "prev = entries[0].sequence - 1 if entries else peer.match",
     ),
     bug(
-        "a replica in sync is sent for files",
-        "if node in self._waited_for() or peer.incarnation is None:",
-        "if peer.incarnation is None:",
-    ),
-    bug(
         "a late copy of NeedFiles is obeyed",
         "if m.incarnation != self.incarnation:",
         "if m.incarnation < 0:",
