@@ -34,15 +34,16 @@ from monitor.failover import (
     changed,
     decide,
 )
-from monitor.leader import Leadership
 from monitor.view import ClusterView, Fact, NodeView, ShardView, remember, unregistered
 from shoal import limits, telemetry
 from shoal.errors import InvariantError, ShoalError
 from shoal.health import Health
 from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Uncertain
+from shoal.metadata.leadership import Leadership
 from shoal.metadata.schema import (
     ACTIONS_KEY,
     COLLECTIONS_PREFIX,
+    LEADER_KEY,
     NODES_PREFIX,
     SHARDS_PREFIX,
     ActionsRecord,
@@ -134,7 +135,11 @@ class ClusterMonitor:
             on_change=self._on_change,
         )
         self._leadership = Leadership(
-            store, node_id=node_id, incarnation=incarnation or uuid.uuid4().hex, lease=lease
+            store,
+            LEADER_KEY,
+            node_id=node_id,
+            incarnation=incarnation or uuid.uuid4().hex,
+            lease=lease,
         )
         self._records = _Records(self._watched.entries)
         self._since: dict[Fact, float] = {}

@@ -7,6 +7,9 @@
     jobs/index/{collection_id}/{shard}/{segment}/{file}
                                     IndexJobRecord     an index to build; see index_node/jobs.py
     monitor/leader                  LeaderRecord       which monitor acts, under its lease
+    migrations/leader               LeaderRecord       which coordinator copies, under its lease
+    migrations/{collection_id}/{vector}
+                                    MigrationProgress  how far its copying is, for people
     monitor/actions                 ActionsRecord      what it did last, for people
 
 One JSON document per key, each with the version of its form. A form that is newer than this code is
@@ -38,6 +41,7 @@ __all__ = [
     "INDEX_JOBS_PREFIX",
     "LEADER_KEY",
     "LOCAL_NODE",
+    "MIGRATIONS_LEADER_KEY",
     "NEVER_INDEXED",
     "NODES_PREFIX",
     "SHARDS_PREFIX",
@@ -46,21 +50,29 @@ __all__ = [
     "CollectionRecord",
     "CollectionState",
     "EncoderFacts",
+    "Generation",
     "IdRecord",
     "IndexArtifact",
     "IndexJobRecord",
     "IndexJobState",
     "LeaderRecord",
+    "MigratedVector",
+    "Migration",
+    "MigrationPhase",
+    "MigrationProgress",
     "NodeRecord",
     "NodeRole",
     "ShardRecord",
     "TakenAction",
     "collection_key",
     "index_job_key",
+    "migration_key",
     "node_key",
     "shard_key",
     "shard_spec",
+    "stored_name",
     "vector_fields",
+    "vector_spec",
 ]
 
 COLLECTIONS_PREFIX = "collections/"
@@ -70,6 +82,7 @@ NODES_PREFIX = "nodes/"
 INDEX_JOBS_PREFIX = "jobs/index/"
 LEADER_KEY = "monitor/leader"
 ACTIONS_KEY = "monitor/actions"
+MIGRATIONS_LEADER_KEY = "migrations/leader"
 LOCAL_NODE = "local"  # the one node of a one-machine server
 NEVER_INDEXED = 2**62  # index_bytes_min of a vector whose index is switched off
 
@@ -82,8 +95,18 @@ def shard_key(collection_id: int, shard: int) -> str:
     return f"shards/{collection_id}/{shard}"
 
 
+def stored_name(vector: str, generation: int) -> str:
+    """Under which name a shard holds that generation of a vector. Names that clients give have no
+    control characters."""
+    return f"{vector}\x1f{generation}" if generation else vector
+
+
 def index_job_key(shard: ShardKey, segment: int, file: str) -> str:
     return f"{INDEX_JOBS_PREFIX}{shard.collection_id}/{shard.shard}/{segment}/{file}"
+
+
+def migration_key(collection_id: int, vector: str) -> str:
+    return f"migrations/{collection_id}/{vector}"
 
 
 def node_key(node: str) -> str:
@@ -137,12 +160,67 @@ class BoundModel(BaseModel):
     fingerprint: str | None = None
 
 
+class Generation(BaseModel):
+    """The vectors that one model made, of all points, where a vector's model is changed. The first
+    one, 0, is stored under the vector's own name; see `stored_name`. size: dimensions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: int = Field(ge=0)
+    size: int
+    model: BoundModel
+
+
+class MigrationPhase(StrEnum):
+    """preparing: the shards are told of the other generation; nothing is written there.
+    copying: every write brings both, and points that lack the other one get it.
+    dropping: nobody uses the other one any more, and the shards are told to forget it."""
+
+    PREPARING = "preparing"
+    COPYING = "copying"
+    DROPPING = "dropping"
+
+
+class Migration(BaseModel):
+    """What is under way for one vector.
+
+    other       the generation that is kept beside the current one: the new one, after a switch the old
+    text_field  JSON path in the payload; a point's vector of the other model is made of this text
+    points_per_second  at most, by the background copy. None: no bound. 0: it waits
+    switched    the current one is the newer of the two
+    complete    all points that have a vector have both, or somebody said that this is good enough;
+                then queries may name the other model, too
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    phase: MigrationPhase
+    other: Generation
+    text_field: str
+    points_per_second: float | None = None
+    switched: bool = False
+    complete: bool = False
+    started_at: datetime
+
+
+class MigratedVector(BaseModel):
+    """A vector whose model is being changed, or was. current: what its name means to clients.
+    last: the highest number that a generation of it ever had, since none is used twice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    current: Generation
+    last: int
+    migration: Migration | None = None
+
+
 class CollectionRecord(Record):
     """config is the creation request as it was sent; payload_schema maps a JSON path to the payload
     index that was asked for, as it was sent; models maps a vector to the model that it is bound to,
-    which makes it the second form of this record."""
+    which makes it the second form of this record; migrated maps a vector to its generations, which
+    makes it the third. Shards are made as `config` says and learn of other generations by their log."""
 
-    newest: ClassVar[int] = 2
+    newest: ClassVar[int] = 3
 
     id: int = Field(ge=1)
     name: str
@@ -151,6 +229,7 @@ class CollectionRecord(Record):
     config: dict[str, JsonValue]
     payload_schema: dict[str, dict[str, JsonValue]] = {}
     models: dict[str, BoundModel] = {}
+    migrated: dict[str, MigratedVector] = {}
 
     @property
     def key(self) -> str:
@@ -283,10 +362,26 @@ class IndexJobRecord(Record):
 
 
 class LeaderRecord(Record):
-    """The monitor that acts; the record lives under its lease."""
+    """The process that acts for all of its kind; the record lives under its lease."""
 
     node: str
     incarnation: str
+
+
+class MigrationProgress(Record):
+    """How the copying of one migration is going, as the coordinator that does it last said.
+
+    copied             points that it has written since it took this on
+    without_text       points that cannot get the other vector, as of its last full pass
+    points_per_second  lately. error: why it waits, a sentence; "" while it does not
+    """
+
+    node: str
+    at: datetime
+    copied: int = 0
+    without_text: int = 0
+    points_per_second: float = 0.0
+    error: str = ""
 
 
 class TakenAction(BaseModel):
@@ -332,7 +427,7 @@ def shard_spec(record: CollectionRecord, shard: int) -> ShardSpec:
         key=ShardKey(record.id, shard),
         collection=record.name,
         dense={
-            name: _vector_spec(params, request) for name, params in named_vectors(request).items()
+            name: vector_spec(params, request) for name, params in named_vectors(request).items()
         },
         sparse=tuple(sorted(request.sparse_vectors or ())),
     )
@@ -346,7 +441,8 @@ def named_vectors(request: CreateCollection) -> dict[str, VectorParams]:
     return {"": vectors} if isinstance(vectors, VectorParams) else vectors
 
 
-def _vector_spec(params: VectorParams, request: CreateCollection) -> VectorSpec:
+def vector_spec(params: VectorParams, request: CreateCollection) -> VectorSpec:
+    """How a shard holds one vector of a collection that was made by this request."""
     hnsw = _merged(request.hnsw_config, params.hnsw_config)
     settings: dict[str, Any] = {}
     if hnsw.m:

@@ -11,12 +11,12 @@ import pytest
 
 from monitor.cluster import SWITCH_KEY, ClusterMonitor
 from monitor.failover import AddJoining, FailoverRules, Leave, Promote
-from monitor.leader import Leadership
 from shoal import limits
 from shoal.errors import FormatTooNew, InvariantError, Unavailable
 from shoal.health import Health
 from shoal.metadata.contract import Compare, KeyValue, TxnResult, Uncertain
 from shoal.metadata.embedded import EmbeddedStore
+from shoal.metadata.leadership import Leadership
 from shoal.metadata.schema import (
     ACTIONS_KEY,
     LEADER_KEY,
@@ -524,7 +524,9 @@ def test_leadership_alone(tmp_path: Path):
         lease = (await store.lease_grant(3_600)).id
 
         def candidate(incarnation: str) -> Leadership:
-            return Leadership(store, node_id="m1", incarnation=incarnation, lease=lambda: lease)
+            return Leadership(
+                store, LEADER_KEY, node_id="m1", incarnation=incarnation, lease=lambda: lease
+            )
 
         first, reborn = candidate("a"), candidate("b")
         with pytest.raises(InvariantError):
@@ -557,7 +559,7 @@ def test_of_two_that_see_a_free_place_one_gets_it(tmp_path: Path):
     async def story() -> None:
         store = await EmbeddedStore.open(tmp_path / "metadata.sqlite")
         lease = (await store.lease_grant(3_600)).id
-        first = Leadership(store, node_id="m1", incarnation="a", lease=lambda: lease)
+        first = Leadership(store, LEADER_KEY, node_id="m1", incarnation="a", lease=lambda: lease)
 
         async def first_is_faster() -> None:
             assert await first.campaign()
@@ -566,6 +568,7 @@ def test_of_two_that_see_a_free_place_one_gets_it(tmp_path: Path):
         between.get = store.get  # type: ignore[attr-defined]
         second = Leadership(
             between,  # type: ignore[arg-type]
+            LEADER_KEY,
             node_id="m2",
             incarnation="b",
             lease=lambda: lease,
@@ -590,6 +593,7 @@ def test_an_uncertain_candidacy_is_settled_by_the_next_look(tmp_path: Path):
         between.get = store.get  # type: ignore[attr-defined]
         leadership = Leadership(
             between,  # type: ignore[arg-type]
+            LEADER_KEY,
             node_id="m1",
             incarnation="a",
             lease=lambda: lease,
