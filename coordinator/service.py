@@ -59,6 +59,7 @@ from shoal.metadata.schema import (
 from shoal.payload import select
 from shoal.settings import CoordinatorSettings
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeletePayload,
@@ -507,6 +508,13 @@ def _split_write(write: Write, shards: Sequence[ShardKey]) -> list[tuple[ShardKe
     if len(shards) == 1:
         return [(shards[0], write)]
     match write:
+        case AlterVectors():
+            return [(shard, write) for shard in shards]
+        case UpdateVectors(if_versions=versions) if versions is not None:
+            return [
+                (shard, replace(write, points=write.points.take(rows), if_versions=versions[rows]))
+                for shard, rows in _split(write.points.ids, shards)
+            ]
         case Upsert() | UpdateVectors():
             return [
                 (shard, replace(write, points=write.points.take(rows)))
@@ -539,6 +547,7 @@ def _first_missing(write: Write, results: Sequence[WriteResult]) -> int | None:
 
 def _named(write: Write) -> PointIds:
     """The ids that a write has missed one of."""
+    assert not isinstance(write, AlterVectors)  # it names no points
     ids = write.points.ids if isinstance(write, Upsert | UpdateVectors) else write.where.ids
     must(ids is not None, "a write by filter cannot miss a point")
     return cast(PointIds, ids)

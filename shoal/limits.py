@@ -17,6 +17,7 @@ SCROLL_LIMIT_MAX = 10_000
 IDS_MAX = 65_536  # ids in one retrieve, delete or has_id
 VECTOR_DIM_MAX = 65_535
 VECTORS_PER_POINT_MAX = 64  # named vectors of one collection
+SHARD_VECTORS_MAX = 2 * VECTORS_PER_POINT_MAX  # each may be on its way from one model to another
 SPARSE_NONZERO_MAX = 65_536  # of one sparse vector
 MULTIVECTOR_ROWS_MAX = 1_024  # sub-vectors of one multivector
 PAYLOAD_BYTES_MAX = 8 * MIB  # of one point

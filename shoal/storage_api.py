@@ -23,6 +23,7 @@ from shoal.errors import ShoalError
 from shoal.ids import PointIds
 
 __all__ = [
+    "AlterVectors",
     "ClearPayload",
     "Delete",
     "DeletePayload",
@@ -86,6 +87,8 @@ class ShardKey:
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
+    """What a shard is created with. What AlterVectors changes later, the shard keeps by itself."""
+
     key: ShardKey
     collection: str  # for messages to people only; the key identifies
     dense: dict[str, VectorSpec]
@@ -119,10 +122,19 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class UpdateVectors:
-    """Replace the vectors present in `points`, keep the rest of each point."""
+    """Replace the vectors present in `points`, keep the rest of each point.
+
+    if_versions  (n,) uint64: a row is applied only if its point exists and its version
+                 (PointBatch.versions, which every change of a point moves) is this one. Other rows
+                 are left out, and are not reported as missing.
+    forget       vectors that a changed point loses by the same entry, unless its row brings them;
+                 unknown names are passed over
+    """
 
     points: PointBatch
     update_filter: Filter | None = None
+    if_versions: NDArray[np.uint64] | None = None
+    forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,28 +150,50 @@ class DeleteVectors:
 
 @dataclass(frozen=True, slots=True)
 class SetPayload:
-    """Merge `payload` (JSON object bytes) into each point, at the top or at JSON path `key`."""
+    """Merge `payload` (JSON object bytes) into each point, at the top or at JSON path `key`.
+
+    forget, here and in the next three: vectors that each changed point loses by the same entry;
+    unknown names are passed over."""
 
     where: Selector
     payload: bytes
     key: str | None = None
+    forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class OverwritePayload:
     where: Selector
     payload: bytes
+    forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DeletePayload:
     where: Selector
     keys: tuple[str, ...]
+    forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ClearPayload:
     where: Selector
+    forget: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AlterVectors:
+    """Change which dense vectors the shard has; nothing is rewritten, and no read fails.
+
+    drop  these are gone from every point; their files follow. An unknown name: nothing.
+    add   no point has one of these yet. A name that is there with the same VectorSpec: nothing; with
+          another: BadRequest. A name that was dropped, here or before, begins empty again.
+    A name in both is dropped first. BadRequest also for sparse vectors and multivectors, which can be
+    neither, and beyond limits.SHARD_VECTORS_MAX. Sent again it changes nothing, but for such a name.
+    """
+
+    add: Mapping[str, VectorSpec] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
 
 
 Write = (
@@ -171,6 +205,7 @@ Write = (
     | OverwritePayload
     | DeletePayload
     | ClearPayload
+    | AlterVectors
 )
 
 

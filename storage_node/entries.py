@@ -10,7 +10,9 @@ from typing import assert_never
 from shoal.batch import PointBatch
 from shoal.errors import ShardStopped, must
 from shoal.ids import PointIds
+from shoal.rpc.codec import decode_vectors, encode_vectors
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeletePayload,
@@ -47,28 +49,41 @@ LogEntry = Write | Seal | Merge
 
 
 def encode(entry: LogEntry) -> bytes:
-    """Only entries without filters and modes can be written: they are effects."""
+    """Only entries without filters, modes and conditions can be written: they are effects."""
     match entry:
         case Upsert(points=points):
             message = wire.Entry(upsert=wire.Upsert(points=points.to_wire()))
-        case UpdateVectors(points=points):
-            message = wire.Entry(update_vectors=wire.UpdateVectors(points=points.to_wire()))
+        case UpdateVectors(points=points, forget=forget):
+            must(entry.if_versions is None, "a log entry holds effects, not a condition")
+            message = wire.Entry(
+                update_vectors=wire.UpdateVectors(points=points.to_wire(), forget=forget)
+            )
         case Delete(where=where):
             message = wire.Entry(delete=wire.Delete(ids=_ids(where)))
         case DeleteVectors(where=where, names=names):
             message = wire.Entry(delete_vectors=wire.DeleteVectors(ids=_ids(where), names=names))
-        case SetPayload(where=where, payload=payload, key=key):
+        case SetPayload(where=where, payload=payload, key=key, forget=forget):
             message = wire.Entry(
-                set_payload=wire.SetPayload(ids=_ids(where), payload=payload, key=key)
+                set_payload=wire.SetPayload(
+                    ids=_ids(where), payload=payload, key=key, forget=forget
+                )
             )
-        case OverwritePayload(where=where, payload=payload):
+        case OverwritePayload(where=where, payload=payload, forget=forget):
             message = wire.Entry(
-                overwrite_payload=wire.OverwritePayload(ids=_ids(where), payload=payload)
+                overwrite_payload=wire.OverwritePayload(
+                    ids=_ids(where), payload=payload, forget=forget
+                )
             )
-        case DeletePayload(where=where, keys=keys):
-            message = wire.Entry(delete_payload=wire.DeletePayload(ids=_ids(where), keys=keys))
-        case ClearPayload(where=where):
-            message = wire.Entry(clear_payload=wire.ClearPayload(ids=_ids(where)))
+        case DeletePayload(where=where, keys=keys, forget=forget):
+            message = wire.Entry(
+                delete_payload=wire.DeletePayload(ids=_ids(where), keys=keys, forget=forget)
+            )
+        case ClearPayload(where=where, forget=forget):
+            message = wire.Entry(clear_payload=wire.ClearPayload(ids=_ids(where), forget=forget))
+        case AlterVectors(add=add, drop=drop):
+            message = wire.Entry(
+                alter_vectors=wire.AlterVectors(add=encode_vectors(add), drop=drop)
+            )
         case Seal(segment=segment):
             message = wire.Entry(seal=wire.Seal(segment=segment))
         case Merge(inputs=inputs, output=output):
@@ -91,7 +106,8 @@ def decode(data: bytes) -> LogEntry:
         case "upsert":
             return Upsert(PointBatch.from_wire(message.upsert.points))
         case "update_vectors":
-            return UpdateVectors(PointBatch.from_wire(message.update_vectors.points))
+            update = message.update_vectors
+            return UpdateVectors(PointBatch.from_wire(update.points), forget=tuple(update.forget))
         case "delete":
             return Delete(_where(message.delete.ids))
         case "delete_vectors":
@@ -99,15 +115,20 @@ def decode(data: bytes) -> LogEntry:
             return DeleteVectors(_where(message.delete_vectors.ids), names)
         case "set_payload":
             op = message.set_payload
-            return SetPayload(_where(op.ids), op.payload, op.key if op.HasField("key") else None)
+            key = op.key if op.HasField("key") else None
+            return SetPayload(_where(op.ids), op.payload, key, tuple(op.forget))
         case "overwrite_payload":
-            where = _where(message.overwrite_payload.ids)
-            return OverwritePayload(where, message.overwrite_payload.payload)
+            over = message.overwrite_payload
+            return OverwritePayload(_where(over.ids), over.payload, tuple(over.forget))
         case "delete_payload":
-            keys = tuple(message.delete_payload.keys)
-            return DeletePayload(_where(message.delete_payload.ids), keys)
+            less = message.delete_payload
+            return DeletePayload(_where(less.ids), tuple(less.keys), tuple(less.forget))
         case "clear_payload":
-            return ClearPayload(_where(message.clear_payload.ids))
+            clear = message.clear_payload
+            return ClearPayload(_where(clear.ids), tuple(clear.forget))
+        case "alter_vectors":
+            alter = message.alter_vectors
+            return AlterVectors(decode_vectors(alter.add), tuple(alter.drop))
         case "seal":
             return Seal(message.seal.segment)
         case "merge":
@@ -133,6 +154,8 @@ def byte_size(op: Write) -> int:
             return sum(map(len, names)) + _ids_size(op.where)
         case Delete() | ClearPayload():
             return _ids_size(op.where)
+        case AlterVectors():
+            return 128 * (1 + len(op.add) + len(op.drop))
         case _:
             assert_never(op)
 
@@ -149,8 +172,10 @@ def _batch_size(points: PointBatch) -> int:
 
 
 def is_empty(entry: LogEntry) -> bool:
-    """Whether it names no point: then it need not be logged."""
+    """Whether it changes nothing, whatever there is: then it need not be logged."""
     match entry:
+        case AlterVectors():
+            return not entry.add and not entry.drop
         case Seal() | Merge():
             return False
         case Upsert(points=points) | UpdateVectors(points=points):

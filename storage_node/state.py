@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from shoal import limits
 from shoal.batch import PointBatch, pack_bits, unpack_bits
-from shoal.errors import BodyTooLarge, must
+from shoal.errors import BodyTooLarge, NotSupported, must
 from shoal.ids import PointIds
 from shoal.payload import delete_keys, merge_payload
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeletePayload,
@@ -135,6 +136,8 @@ class ShardState:
                 return op.update_filter is not None or op.mode is not UpdateMode.UPSERT
             case UpdateVectors():
                 return op.update_filter is not None
+            case AlterVectors():
+                return True
             case _:
                 return op.where.ids is None or len(op.where.ids) > _ENTRY_IDS_MAX
 
@@ -145,6 +148,8 @@ class ShardState:
                 return [self._resolve_upsert(op)]
             case UpdateVectors():
                 return [self._resolve_update_vectors(op)]
+            case AlterVectors():
+                raise NotSupported("the vectors of a shard cannot be altered")
             case _:
                 ids = op.where.ids
                 if ids is None:
@@ -238,6 +243,8 @@ class ShardState:
                 self._freeze(segment, sequence)
             case Merge():
                 self._begin_merge(entry, sequence)
+            case AlterVectors():
+                must(False, "no such entry can have been logged")
             case (
                 SetPayload()
                 | OverwritePayload()

@@ -8,7 +8,7 @@ a message that cannot be meant raises BadRequest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar, assert_never
 
@@ -26,6 +26,7 @@ from shoal.ids import PointIds
 from shoal.metadata import contract
 from shoal.node.v1 import node_pb2 as pb
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeletePayload,
@@ -69,6 +70,7 @@ __all__ = [
     "decode_snapshot",
     "decode_spec",
     "decode_status",
+    "decode_vectors",
     "decode_write",
     "encode_chunk",
     "encode_error",
@@ -77,6 +79,7 @@ __all__ = [
     "encode_snapshot",
     "encode_spec",
     "encode_status",
+    "encode_vectors",
     "error_answer",
     "hits_answer",
     "info_answer",
@@ -320,6 +323,9 @@ def _fill_write(message: pb.Write, op: Write) -> None:
         case UpdateVectors():
             op.points.fill(message.update_vectors.points)
             message.update_vectors.update_filter = encode_filter(op.update_filter)
+            message.update_vectors.forget.extend(op.forget)
+            if op.if_versions is not None:
+                message.update_vectors.if_versions = op.if_versions.astype("<u8").tobytes()
         case Delete():
             _fill_where(message.delete.where, op.where)
         case DeleteVectors():
@@ -330,14 +336,22 @@ def _fill_write(message: pb.Write, op: Write) -> None:
             message.set_payload.payload = op.payload
             if op.key is not None:
                 message.set_payload.key = op.key
+            message.set_payload.forget.extend(op.forget)
         case OverwritePayload():
             _fill_where(message.overwrite_payload.where, op.where)
             message.overwrite_payload.payload = op.payload
+            message.overwrite_payload.forget.extend(op.forget)
         case DeletePayload():
             _fill_where(message.delete_payload.where, op.where)
             message.delete_payload.keys.extend(op.keys)
+            message.delete_payload.forget.extend(op.forget)
         case ClearPayload():
             _fill_where(message.clear_payload.where, op.where)
+            message.clear_payload.forget.extend(op.forget)
+        case AlterVectors():
+            message.alter_vectors.add.extend(encode_vectors(op.add))
+            message.alter_vectors.drop.extend(op.drop)
+            message.alter_vectors.SetInParent()
         case _:
             assert_never(op)
 
@@ -352,10 +366,7 @@ def decode_write(message: pb.Write) -> Write:
                 _mode(message.upsert.mode),
             )
         case "update_vectors":
-            return UpdateVectors(
-                _decode_points(message.update_vectors.points),
-                decode_filter(message.update_vectors.update_filter),
-            )
+            return _decode_update_vectors(message.update_vectors)
         case "delete":
             return Delete(_decode_where(message.delete.where))
         case "delete_vectors":
@@ -364,19 +375,42 @@ def decode_write(message: pb.Write) -> Write:
         case "set_payload":
             change = message.set_payload
             key = change.key if change.HasField("key") else None
-            return SetPayload(_decode_where(change.where), change.payload, key)
+            return SetPayload(
+                _decode_where(change.where), change.payload, key, tuple(change.forget)
+            )
         case "overwrite_payload":
             overwrite = message.overwrite_payload
-            return OverwritePayload(_decode_where(overwrite.where), overwrite.payload)
+            return OverwritePayload(
+                _decode_where(overwrite.where), overwrite.payload, tuple(overwrite.forget)
+            )
         case "delete_payload":
             remove = message.delete_payload
-            return DeletePayload(_decode_where(remove.where), tuple(remove.keys))
+            return DeletePayload(
+                _decode_where(remove.where), tuple(remove.keys), tuple(remove.forget)
+            )
         case "clear_payload":
-            return ClearPayload(_decode_where(message.clear_payload.where))
+            clear = message.clear_payload
+            return ClearPayload(_decode_where(clear.where), tuple(clear.forget))
+        case "alter_vectors":
+            alter = message.alter_vectors
+            return AlterVectors(decode_vectors(alter.add), tuple(alter.drop))
         case None:
             raise _newer("a write")
         case _:
             assert_never(kind)
+
+
+def _decode_update_vectors(message: pb.UpdateVectors) -> UpdateVectors:
+    points, versions = _decode_points(message.points), None
+    if message.HasField("if_versions"):
+        versions = _checked(_versions, message.if_versions)
+        if len(versions) != len(points):
+            raise BadRequest(
+                f"Bad request: {len(points)} points came with {len(versions)} versions"
+            )
+    return UpdateVectors(
+        points, decode_filter(message.update_filter), versions, tuple(message.forget)
+    )
 
 
 _MODE_NUMBER = {
@@ -427,6 +461,10 @@ def _decode_ids(message: wire.PointIds) -> PointIds:
 
 def _floats(data: bytes) -> NDArray[np.float32]:
     return np.frombuffer(data, "<f4")
+
+
+def _versions(data: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(data, "<u8")
 
 
 def _checked(decode: Callable[[M], T], message: M) -> T:
@@ -525,9 +563,26 @@ def decode_key(message: pb.ShardKey) -> ShardKey:
 
 
 def encode_spec(spec: ShardSpec) -> pb.ShardSpec:
-    message = pb.ShardSpec(key=encode_key(spec.key), collection=spec.collection, sparse=spec.sparse)
-    for name, vector in spec.dense.items():
-        message.dense.add(
+    return pb.ShardSpec(
+        key=encode_key(spec.key),
+        collection=spec.collection,
+        dense=encode_vectors(spec.dense),
+        sparse=spec.sparse,
+    )
+
+
+def decode_spec(message: pb.ShardSpec) -> ShardSpec:
+    return ShardSpec(
+        key=decode_key(message.key),
+        collection=message.collection,
+        dense=decode_vectors(message.dense),
+        sparse=tuple(message.sparse),
+    )
+
+
+def encode_vectors(vectors: Mapping[str, VectorSpec]) -> list[wire.VectorSpec]:
+    return [
+        wire.VectorSpec(
             name=name,
             dim=vector.dim,
             distance=vector.distance.value,
@@ -536,19 +591,16 @@ def encode_spec(spec: ShardSpec) -> pb.ShardSpec:
             hnsw_ef_construct=vector.hnsw_ef_construct,
             index_bytes_min=vector.index_bytes_min,
         )
-    return message
+        for name, vector in vectors.items()
+    ]
 
 
-def decode_spec(message: pb.ShardSpec) -> ShardSpec:
-    return ShardSpec(
-        key=decode_key(message.key),
-        collection=message.collection,
-        dense={vector.name: _decode_vector(vector) for vector in message.dense},
-        sparse=tuple(message.sparse),
-    )
+def decode_vectors(messages: Iterable[wire.VectorSpec]) -> dict[str, VectorSpec]:
+    """By name, in their order. Raises NotSupported for a distance that only a newer version knows."""
+    return {message.name: _decode_vector(message) for message in messages}
 
 
-def _decode_vector(message: pb.VectorSpec) -> VectorSpec:
+def _decode_vector(message: wire.VectorSpec) -> VectorSpec:
     try:
         distance = Distance(message.distance)
     except ValueError:

@@ -76,6 +76,24 @@ class PointBatch(_message.Message):
     versions: bytes
     def __init__(self, count: _Optional[int] = ..., ids: _Optional[_Union[PointIds, _Mapping]] = ..., dense: _Optional[_Iterable[_Union[DenseColumn, _Mapping]]] = ..., sparse: _Optional[_Iterable[_Union[SparseColumn, _Mapping]]] = ..., multi: _Optional[_Iterable[_Union[MultiColumn, _Mapping]]] = ..., payload: _Optional[bytes] = ..., payload_offsets: _Optional[bytes] = ..., versions: _Optional[bytes] = ...) -> None: ...
 
+class VectorSpec(_message.Message):
+    __slots__ = ("name", "dim", "distance", "multi", "hnsw_m", "hnsw_ef_construct", "index_bytes_min")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    MULTI_FIELD_NUMBER: _ClassVar[int]
+    HNSW_M_FIELD_NUMBER: _ClassVar[int]
+    HNSW_EF_CONSTRUCT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_BYTES_MIN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dim: int
+    distance: str
+    multi: bool
+    hnsw_m: int
+    hnsw_ef_construct: int
+    index_bytes_min: int
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., distance: _Optional[str] = ..., multi: bool = ..., hnsw_m: _Optional[int] = ..., hnsw_ef_construct: _Optional[int] = ..., index_bytes_min: _Optional[int] = ...) -> None: ...
+
 class Upsert(_message.Message):
     __slots__ = ("points",)
     POINTS_FIELD_NUMBER: _ClassVar[int]
@@ -83,10 +101,12 @@ class Upsert(_message.Message):
     def __init__(self, points: _Optional[_Union[PointBatch, _Mapping]] = ...) -> None: ...
 
 class UpdateVectors(_message.Message):
-    __slots__ = ("points",)
+    __slots__ = ("points", "forget")
     POINTS_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     points: PointBatch
-    def __init__(self, points: _Optional[_Union[PointBatch, _Mapping]] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, points: _Optional[_Union[PointBatch, _Mapping]] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Delete(_message.Message):
     __slots__ = ("ids",)
@@ -103,36 +123,52 @@ class DeleteVectors(_message.Message):
     def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetPayload(_message.Message):
-    __slots__ = ("ids", "payload", "key")
+    __slots__ = ("ids", "payload", "key", "forget")
     IDS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     ids: PointIds
     payload: bytes
     key: str
-    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., payload: _Optional[bytes] = ..., key: _Optional[str] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., payload: _Optional[bytes] = ..., key: _Optional[str] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OverwritePayload(_message.Message):
-    __slots__ = ("ids", "payload")
+    __slots__ = ("ids", "payload", "forget")
     IDS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     ids: PointIds
     payload: bytes
-    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., payload: _Optional[bytes] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeletePayload(_message.Message):
-    __slots__ = ("ids", "keys")
+    __slots__ = ("ids", "keys", "forget")
     IDS_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     ids: PointIds
     keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., keys: _Optional[_Iterable[str]] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ClearPayload(_message.Message):
-    __slots__ = ("ids",)
+    __slots__ = ("ids", "forget")
     IDS_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     ids: PointIds
-    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AlterVectors(_message.Message):
+    __slots__ = ("add", "drop")
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    add: _containers.RepeatedCompositeFieldContainer[VectorSpec]
+    drop: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, add: _Optional[_Iterable[_Union[VectorSpec, _Mapping]]] = ..., drop: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Seal(_message.Message):
     __slots__ = ("segment",)
@@ -149,7 +185,7 @@ class Merge(_message.Message):
     def __init__(self, inputs: _Optional[_Iterable[int]] = ..., output: _Optional[int] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("upsert", "update_vectors", "delete", "delete_vectors", "set_payload", "overwrite_payload", "delete_payload", "clear_payload", "seal", "merge")
+    __slots__ = ("upsert", "update_vectors", "delete", "delete_vectors", "set_payload", "overwrite_payload", "delete_payload", "clear_payload", "seal", "merge", "alter_vectors")
     UPSERT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_VECTORS_FIELD_NUMBER: _ClassVar[int]
     DELETE_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +196,7 @@ class Entry(_message.Message):
     CLEAR_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SEAL_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
+    ALTER_VECTORS_FIELD_NUMBER: _ClassVar[int]
     upsert: Upsert
     update_vectors: UpdateVectors
     delete: Delete
@@ -170,4 +207,5 @@ class Entry(_message.Message):
     clear_payload: ClearPayload
     seal: Seal
     merge: Merge
-    def __init__(self, upsert: _Optional[_Union[Upsert, _Mapping]] = ..., update_vectors: _Optional[_Union[UpdateVectors, _Mapping]] = ..., delete: _Optional[_Union[Delete, _Mapping]] = ..., delete_vectors: _Optional[_Union[DeleteVectors, _Mapping]] = ..., set_payload: _Optional[_Union[SetPayload, _Mapping]] = ..., overwrite_payload: _Optional[_Union[OverwritePayload, _Mapping]] = ..., delete_payload: _Optional[_Union[DeletePayload, _Mapping]] = ..., clear_payload: _Optional[_Union[ClearPayload, _Mapping]] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., merge: _Optional[_Union[Merge, _Mapping]] = ...) -> None: ...
+    alter_vectors: AlterVectors
+    def __init__(self, upsert: _Optional[_Union[Upsert, _Mapping]] = ..., update_vectors: _Optional[_Union[UpdateVectors, _Mapping]] = ..., delete: _Optional[_Union[Delete, _Mapping]] = ..., delete_vectors: _Optional[_Union[DeleteVectors, _Mapping]] = ..., set_payload: _Optional[_Union[SetPayload, _Mapping]] = ..., overwrite_payload: _Optional[_Union[OverwritePayload, _Mapping]] = ..., delete_payload: _Optional[_Union[DeletePayload, _Mapping]] = ..., clear_payload: _Optional[_Union[ClearPayload, _Mapping]] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., merge: _Optional[_Union[Merge, _Mapping]] = ..., alter_vectors: _Optional[_Union[AlterVectors, _Mapping]] = ...) -> None: ...

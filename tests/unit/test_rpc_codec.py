@@ -19,6 +19,7 @@ from shoal.ids import UUID_BIT, PointIds
 from shoal.node.v1 import node_pb2 as pb
 from shoal.rpc import codec, faults
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeletePayload,
@@ -41,6 +42,7 @@ from shoal.storage_api import (
     VectorSpec,
     WriteResult,
 )
+from shoal.wire import ops_pb2 as wire
 
 KEY = ShardKey(2**40, 7)
 A_UUID = UUID_BIT | uuid.UUID("d8d7b3c2-0000-4000-8000-00000000000a").int
@@ -288,6 +290,20 @@ WRITES = [
     OverwritePayload(IDS, b""),
     DeletePayload(IDS, ("a", "b")),
     ClearPayload(IDS),
+    UpdateVectors(batch(), FILTER, np.array([3, 2**64 - 1, 0], np.uint64), ("d", "")),
+    UpdateVectors(PointBatch(PointIds.from_keys([])), None, np.empty(0, np.uint64)),
+    SetPayload(IDS, b"{}", None, ("a", "v\x1f1")),
+    OverwritePayload(IDS, b"{}", ("a",)),
+    DeletePayload(IDS, ("a",), ("b", "c")),
+    ClearPayload(IDS, ("",)),
+    AlterVectors(),
+    AlterVectors(
+        {
+            "v\x1f2": VectorSpec(3, Distance.DOT, index_bytes_min=0),
+            "": VectorSpec(65_535, Distance.COSINE, hnsw_m=4, hnsw_ef_construct=5),
+        },
+        ("v", "v\x1f1"),
+    ),
 ]
 
 
@@ -326,6 +342,11 @@ def test_points_that_do_not_fit_are_refused():
             codec.decode_write(broken)
     with pytest.raises(BadRequest, match="does not fit"):
         codec.decode_search(pb.Search(vector=b"12345"))
+    update = pb.Write()
+    batch().fill(update.update_vectors.points)
+    update.update_vectors.if_versions = b"\0" * 16
+    with pytest.raises(BadRequest, match="3 points came with 2 versions"):
+        codec.decode_write(update)
     with pytest.raises(BadRequest, match="one point id"):
         codec.decode_scroll(pb.Scroll(start=PointIds.from_keys([1, 2]).to_wire()))
 
@@ -379,7 +400,7 @@ def test_shards_and_files():
     assert codec.decode_snapshot(codec.encode_snapshot(snapshot)) == snapshot
     chunk = FileChunk(2**40, b"data", 7)
     assert codec.decode_chunk(codec.encode_chunk(chunk)) == chunk
-    newer = pb.ShardSpec(dense=[pb.VectorSpec(distance="Hamming")])
+    newer = pb.ShardSpec(dense=[wire.VectorSpec(distance="Hamming")])
     with pytest.raises(NotSupported, match="Hamming"):
         codec.decode_spec(newer)
 

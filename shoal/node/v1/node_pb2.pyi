@@ -222,12 +222,16 @@ class Upsert(_message.Message):
     def __init__(self, points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., update_filter: _Optional[bytes] = ..., mode: _Optional[_Union[UpdateMode, str]] = ...) -> None: ...
 
 class UpdateVectors(_message.Message):
-    __slots__ = ("points", "update_filter")
+    __slots__ = ("points", "update_filter", "if_versions", "forget")
     POINTS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FILTER_FIELD_NUMBER: _ClassVar[int]
+    IF_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     points: _ops_pb2.PointBatch
     update_filter: bytes
-    def __init__(self, points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., update_filter: _Optional[bytes] = ...) -> None: ...
+    if_versions: bytes
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., update_filter: _Optional[bytes] = ..., if_versions: _Optional[bytes] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Delete(_message.Message):
     __slots__ = ("where",)
@@ -244,39 +248,55 @@ class DeleteVectors(_message.Message):
     def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetPayload(_message.Message):
-    __slots__ = ("where", "payload", "key")
+    __slots__ = ("where", "payload", "key", "forget")
     WHERE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     where: Selector
     payload: bytes
     key: str
-    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., payload: _Optional[bytes] = ..., key: _Optional[str] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., payload: _Optional[bytes] = ..., key: _Optional[str] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OverwritePayload(_message.Message):
-    __slots__ = ("where", "payload")
+    __slots__ = ("where", "payload", "forget")
     WHERE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     where: Selector
     payload: bytes
-    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., payload: _Optional[bytes] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeletePayload(_message.Message):
-    __slots__ = ("where", "keys")
+    __slots__ = ("where", "keys", "forget")
     WHERE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     where: Selector
     keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., keys: _Optional[_Iterable[str]] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ClearPayload(_message.Message):
-    __slots__ = ("where",)
+    __slots__ = ("where", "forget")
     WHERE_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     where: Selector
-    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ...) -> None: ...
+    forget: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, where: _Optional[_Union[Selector, _Mapping]] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AlterVectors(_message.Message):
+    __slots__ = ("add", "drop")
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    add: _containers.RepeatedCompositeFieldContainer[_ops_pb2.VectorSpec]
+    drop: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, add: _Optional[_Iterable[_Union[_ops_pb2.VectorSpec, _Mapping]]] = ..., drop: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Write(_message.Message):
-    __slots__ = ("upsert", "update_vectors", "delete", "delete_vectors", "set_payload", "overwrite_payload", "delete_payload", "clear_payload")
+    __slots__ = ("upsert", "update_vectors", "delete", "delete_vectors", "set_payload", "overwrite_payload", "delete_payload", "clear_payload", "alter_vectors")
     UPSERT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_VECTORS_FIELD_NUMBER: _ClassVar[int]
     DELETE_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +305,7 @@ class Write(_message.Message):
     OVERWRITE_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     DELETE_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CLEAR_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    ALTER_VECTORS_FIELD_NUMBER: _ClassVar[int]
     upsert: Upsert
     update_vectors: UpdateVectors
     delete: Delete
@@ -293,7 +314,8 @@ class Write(_message.Message):
     overwrite_payload: OverwritePayload
     delete_payload: DeletePayload
     clear_payload: ClearPayload
-    def __init__(self, upsert: _Optional[_Union[Upsert, _Mapping]] = ..., update_vectors: _Optional[_Union[UpdateVectors, _Mapping]] = ..., delete: _Optional[_Union[Delete, _Mapping]] = ..., delete_vectors: _Optional[_Union[DeleteVectors, _Mapping]] = ..., set_payload: _Optional[_Union[SetPayload, _Mapping]] = ..., overwrite_payload: _Optional[_Union[OverwritePayload, _Mapping]] = ..., delete_payload: _Optional[_Union[DeletePayload, _Mapping]] = ..., clear_payload: _Optional[_Union[ClearPayload, _Mapping]] = ...) -> None: ...
+    alter_vectors: AlterVectors
+    def __init__(self, upsert: _Optional[_Union[Upsert, _Mapping]] = ..., update_vectors: _Optional[_Union[UpdateVectors, _Mapping]] = ..., delete: _Optional[_Union[Delete, _Mapping]] = ..., delete_vectors: _Optional[_Union[DeleteVectors, _Mapping]] = ..., set_payload: _Optional[_Union[SetPayload, _Mapping]] = ..., overwrite_payload: _Optional[_Union[OverwritePayload, _Mapping]] = ..., delete_payload: _Optional[_Union[DeletePayload, _Mapping]] = ..., clear_payload: _Optional[_Union[ClearPayload, _Mapping]] = ..., alter_vectors: _Optional[_Union[AlterVectors, _Mapping]] = ...) -> None: ...
 
 class WriteResult(_message.Message):
     __slots__ = ("sequence", "missing")
@@ -303,24 +325,6 @@ class WriteResult(_message.Message):
     missing: _ops_pb2.PointIds
     def __init__(self, sequence: _Optional[int] = ..., missing: _Optional[_Union[_ops_pb2.PointIds, _Mapping]] = ...) -> None: ...
 
-class VectorSpec(_message.Message):
-    __slots__ = ("name", "dim", "distance", "multi", "hnsw_m", "hnsw_ef_construct", "index_bytes_min")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DIM_FIELD_NUMBER: _ClassVar[int]
-    DISTANCE_FIELD_NUMBER: _ClassVar[int]
-    MULTI_FIELD_NUMBER: _ClassVar[int]
-    HNSW_M_FIELD_NUMBER: _ClassVar[int]
-    HNSW_EF_CONSTRUCT_FIELD_NUMBER: _ClassVar[int]
-    INDEX_BYTES_MIN_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    dim: int
-    distance: str
-    multi: bool
-    hnsw_m: int
-    hnsw_ef_construct: int
-    index_bytes_min: int
-    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., distance: _Optional[str] = ..., multi: bool = ..., hnsw_m: _Optional[int] = ..., hnsw_ef_construct: _Optional[int] = ..., index_bytes_min: _Optional[int] = ...) -> None: ...
-
 class ShardSpec(_message.Message):
     __slots__ = ("key", "collection", "dense", "sparse")
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -329,9 +333,9 @@ class ShardSpec(_message.Message):
     SPARSE_FIELD_NUMBER: _ClassVar[int]
     key: ShardKey
     collection: str
-    dense: _containers.RepeatedCompositeFieldContainer[VectorSpec]
+    dense: _containers.RepeatedCompositeFieldContainer[_ops_pb2.VectorSpec]
     sparse: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, key: _Optional[_Union[ShardKey, _Mapping]] = ..., collection: _Optional[str] = ..., dense: _Optional[_Iterable[_Union[VectorSpec, _Mapping]]] = ..., sparse: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[ShardKey, _Mapping]] = ..., collection: _Optional[str] = ..., dense: _Optional[_Iterable[_Union[_ops_pb2.VectorSpec, _Mapping]]] = ..., sparse: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateShardRequest(_message.Message):
     __slots__ = ("spec",)
