@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from encoder.train.metrics import Interval, Quality, bootstrap_mean
+from encoder.train.metrics import Quality
+from shoal.ranking import Interval, bootstrap_mean
 
 __all__ = ["Verdict", "judge"]
 

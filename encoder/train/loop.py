@@ -35,13 +35,14 @@ from encoder.train.data import (
     split_by_query,
 )
 from encoder.train.gate import Verdict, judge
-from encoder.train.metrics import Interval, Quality, quality, ranks_of_relevant
+from encoder.train.metrics import Quality, quality, ranks_of_relevant
 from encoder.train.report import Report, model_card
 from encoder.train.saving import save_model, whole_parameters
 from encoder.train.server import SERVER, broadcast_parameters, serve_parameters, work
 from encoder.train.settings import BUNDLED, TrainSettings
 from encoder.train.trainer import Trainer
 from shoal.errors import SettingsError
+from shoal.ranking import Interval
 
 __all__ = ["Outcome", "train"]
 

@@ -1,4 +1,4 @@
-"""How good a ranking is: recall@k, nDCG@k, MRR, and how sure we are. Pure.
+"""How good a model's rankings are: recall@k, nDCG@k, MRR. Pure.
 
 Judgments are binary: a document is relevant to a query or not. Every figure is kept per query, so that
 two models are compared on the same queries and the interval is that of the difference.
@@ -17,25 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import must
+from shoal.ranking import Interval, bootstrap_mean
 
-__all__ = ["Interval", "Quality", "bootstrap_mean", "quality", "ranks_of_relevant"]
+__all__ = ["Quality", "quality", "ranks_of_relevant"]
 
 K = 10
-RESAMPLES = 10_000
-BLOCK_RESAMPLES = 256  # bounds the memory: that many draws of all queries at once
 BLOCK_QUERIES = 256  # rows of scores at once
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean and its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,17 +90,3 @@ def quality(ranks: Sequence[NDArray[np.int64]]) -> Quality:
 
 def _gain(places: NDArray[np.int64]) -> float:
     return float((1.0 / np.log2(places + 2.0)).sum())
-
-
-def bootstrap_mean(values: NDArray[np.float64], seed: int) -> Interval:
-    """The mean of (n,) values, n >= 1, and the interval in which 95 % of the means of RESAMPLES samples
-    of n values, drawn with replacement, lie. The same seed gives the same interval."""
-    must(len(values) > 0, "no values, no mean")
-    dice = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, BLOCK_RESAMPLES):
-        count = min(BLOCK_RESAMPLES, RESAMPLES - start)
-        drawn = dice.integers(0, len(values), (count, len(values)))
-        means[start : start + count] = values[drawn].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from encoder.train.metrics import Interval
+from shoal.ranking import Interval
 from shoal.version import VERSION
 
 __all__ = ["Report", "commit", "draw_curves", "model_card", "read_history"]

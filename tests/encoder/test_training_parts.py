@@ -20,12 +20,13 @@ from encoder.train.data import (
 )
 from encoder.train.gate import judge
 from encoder.train.loss import BatchShape, blocked_candidates, gradient_of_rows, info_nce
-from encoder.train.metrics import Quality, bootstrap_mean, quality, ranks_of_relevant
+from encoder.train.metrics import Quality, quality, ranks_of_relevant
 from encoder.train.report import draw_curves, model_card, read_history
 from encoder.train.server import Clocks
 from encoder.train.settings import TrainSettings, parse
 from encoder.train.trainer import learning_rate
 from shoal.errors import SettingsError
+from shoal.ranking import bootstrap_mean
 
 # -- metrics --------------------------------------------------------------------------------------
 
