@@ -13,7 +13,7 @@ the interactive lane is asked first between any two forward passes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -90,23 +90,37 @@ class WaitingTexts:
         self.byte_count += byte_count
         return True
 
-    def take(self, lane: Lane, texts_max: int) -> tuple[str, list[Slice]] | None:
-        """The oldest texts of a lane, at most `texts_max`, all for one model: (model, slices), or
-        None when the lane is empty. A bulk request may be given out over several calls."""
+    def any_for(self, models: Container[str]) -> bool:
+        """Whether something waits for one of these models."""
+        return any(waiting.model in models for lane in self._lanes.values() for waiting in lane)
+
+    def take(
+        self, lane: Lane, texts_max: int, models: Container[str] | None = None
+    ) -> tuple[str, list[Slice]] | None:
+        """The oldest texts of a lane, at most `texts_max`, all for one model: (model, slices), or None
+        when there are none. A bulk request may be given out over several calls.
+
+        models  those that can be computed now; None: any.
+        """
         queue = self._lanes[lane]
-        if not queue:
+        fitting = (w.model for w in queue if models is None or w.model in models)
+        model = next(fitting, None)
+        if model is None:
             return None
-        model, room, slices = queue[0].model, texts_max, []
-        while queue and room > 0 and queue[0].model == model:
-            first = queue[0]
-            stop = min(first.text_count, first.taken + room)
-            slices.append(Slice(first.request_id, first.taken, stop))
-            room -= stop - first.taken
-            self.text_count -= stop - first.taken
-            first.taken = stop
-            if stop == first.text_count:
-                self.byte_count -= first.byte_count
-                queue.popleft()
+        room, slices = texts_max, []
+        for waiting in list(queue):
+            if waiting.model != model:
+                continue
+            stop = min(waiting.text_count, waiting.taken + room)
+            slices.append(Slice(waiting.request_id, waiting.taken, stop))
+            room -= stop - waiting.taken
+            self.text_count -= stop - waiting.taken
+            waiting.taken = stop
+            if stop == waiting.text_count:
+                self.byte_count -= waiting.byte_count
+                queue.remove(waiting)
+            if not room:
+                break
         return model, slices
 
     def forget(self, request_id: int) -> None:
@@ -118,6 +132,15 @@ class WaitingTexts:
                     self.text_count -= waiting.text_count - waiting.taken
                     self.byte_count -= waiting.byte_count
                     return
+
+    def of(self, model: str) -> list[int]:
+        """The ids of the requests for a model that wait, oldest first in each lane."""
+        return [
+            waiting.request_id
+            for queue in self._lanes.values()
+            for waiting in queue
+            if waiting.model == model
+        ]
 
     def drain(self) -> list[int]:
         """Empty both lanes; the ids of the requests that waited, oldest first in each lane."""

@@ -16,10 +16,12 @@ neither needs nor loads them (about 350 MB of memory).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +53,11 @@ __all__ = [
     "cpu_computes_bfloat16",
     "find_model",
     "load_network",
+    "own_weights",
     "pad",
     "pool_unit",
     "quiet_and_offline",
+    "use_threads",
 ]
 
 _log = logger("encoder")
@@ -73,6 +77,8 @@ PROBE_TEXTS = (
     "laboratories, before anything else is published.",
     "word " * 100,
 )
+
+_NAMED = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)?)\s*=\s*(\S.*)", re.DOTALL)
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
 _CONFIGURATION_FILES = (
@@ -104,8 +110,9 @@ def bundled_model_path() -> Path | None:
 
 def find_model(wanted: str) -> tuple[str, tuple[str, ...], Path]:
     """Full name, aliases and folder of a model: the bundled one by its name, a folder on disk (whose
-    name, in lower case, is then the model's), or a name that is in the Hugging Face cache of this
-    user. Nothing is fetched. Raises SettingsError, saying what was looked for."""
+    name, in lower case, is then the model's), a name that is in the Hugging Face cache of this user,
+    or any of these under a name of the caller's, NAME=MODEL. Nothing is fetched.
+    Raises SettingsError, saying what was looked for."""
     short_name = DEFAULT_MODEL.rpartition("/")[2]
     if wanted.strip().lower() in (DEFAULT_MODEL, short_name):
         bundled = bundled_model_path()
@@ -114,7 +121,15 @@ def find_model(wanted: str) -> tuple[str, tuple[str, ...], Path]:
         wanted = "sentence-transformers/all-MiniLM-L6-v2"
     folder = Path(wanted).expanduser()
     if folder.is_dir():
-        return folder.resolve().name.lower(), (), folder
+        name = folder.resolve().name.lower()
+        if name == short_name:
+            raise SettingsError(
+                f"The folder {wanted} has the name that the model which comes with Shoal is known by. "
+                f"Say what its model is to be called, as in {name}-2={wanted}."
+            )
+        return name, (), folder
+    if (named := _NAMED.fullmatch(wanted)) is not None:
+        return named[1].lower(), _short(named[1]), _folder_of(named[2])
     cached = _cached_model(wanted)
     if cached is None:
         raise SettingsError(
@@ -122,7 +137,19 @@ def find_model(wanted: str) -> tuple[str, tuple[str, ...], Path]:
             "tokenizer.json and model.safetensors, nor in the Hugging Face cache: `hf download "
             f"{wanted}` would put it there."
         )
-    return wanted.lower(), (wanted.rpartition("/")[2].lower(),), cached
+    return wanted.lower(), _short(wanted), cached
+
+
+def _folder_of(wanted: str) -> Path:
+    """As `find_model`, where the name is another one."""
+    folder = Path(wanted).expanduser()
+    return folder if folder.is_dir() else find_model(wanted)[2]
+
+
+def _short(name: str) -> tuple[str, ...]:
+    """What a model of an organisation is called for short."""
+    organisation, _, own = name.lower().rpartition("/")
+    return (own,) if organisation else ()
 
 
 def _cached_model(name: str) -> Path | None:
@@ -159,10 +186,12 @@ class ModelFolder:
     pooling: Pooling
     pad_token_id: int
     config: dict[str, Any]  # config.json
+    stamp: tuple[tuple[str, int, int], ...] = ()  # of its files: name, bytes, when written
 
     @classmethod
     def read(cls, path: Path) -> ModelFolder:
         """Raises SettingsError naming the file and what is wrong with it."""
+        stamp = _stamp(path)
         for name in _REQUIRED_FILES:
             if not (path / name).is_file():
                 raise SettingsError(f"The model folder {path} has no file {name}.")
@@ -179,17 +208,19 @@ class ModelFolder:
             pooling=_pooling(path),
             pad_token_id=int(config.get("pad_token_id") or 0),
             config=config,
+            stamp=stamp,
         )
+
+    def changed(self) -> bool:
+        """Whether files have been replaced or touched since they were read."""
+        return _stamp(self.path) != self.stamp
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the configuration, tokenizer and weights; reads all of them."""
         digest = hashlib.sha256()
-        for name in (*_CONFIGURATION_FILES, *_weight_files(self.path)):
-            file = self.path / name
-            if not file.is_file():
-                continue
-            with file.open("rb") as stream:
-                digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        for name, size, _ in _stamp(self.path):
+            with (self.path / name).open("rb") as stream:
+                digest.update(f"{name}\0{size}\0".encode())
                 while block := stream.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()
@@ -205,9 +236,14 @@ class TextTokenizer:
     """Texts -> token ids, as this model wants them. Thread-safe."""
 
     def __init__(self, folder: ModelFolder) -> None:
+        """Raises SettingsError when the file is not right."""
         import tokenizers
 
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder.path / "tokenizer.json"))
+        file = folder.path / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # it raises nothing more special
+            raise SettingsError(f"{file} cannot be read as a tokenizer: {error}") from error
         # The file may ship with padding to, and truncation at, 128 tokens; both are ours to decide.
         tokenizer.no_padding()
         tokenizer.enable_truncation(folder.max_tokens)
@@ -253,25 +289,25 @@ class TextModel:
     ) -> TextModel:
         """Read tokenizer and weights (about a second for 22 M parameters, and the import of torch).
 
-        threads   CPU threads of a forward pass. Call this in the thread that will run the model:
-                  OpenMP keeps the number for each calling thread.
+        threads   CPU threads of a forward pass, in this thread; see `use_threads`.
         NotSupported when a package is missing; SettingsError when the files do not fit together.
         """
         quiet_and_offline()
         try:
             import tokenizers  # noqa: F401
-            import torch
+            import torch  # noqa: F401
             import transformers  # noqa: F401
         except ImportError as error:
             raise NotSupported(
                 f"Texts cannot be embedded here: the package {error.name!r} is missing; "
                 f"{INSTALL_HINT}"
             ) from error
-        torch.set_num_threads(threads)
+        use_threads(threads)
         tokenizer = TextTokenizer(folder)
         model = cls(folder, tokenizer, load_network(folder), "float32")
         if precision == "bfloat16" or (precision == "auto" and cpu_computes_bfloat16()):
             model._try_bfloat16(keep=precision == "bfloat16")
+        own_weights(model._network)
         return model
 
     def _try_bfloat16(self, *, keep: bool) -> None:
@@ -310,6 +346,13 @@ class TextModel:
         return vectors
 
 
+def use_threads(count: int) -> None:
+    """How many a forward pass that this thread begins may take: OpenMP keeps it for each of them."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def quiet_and_offline() -> None:
     """Settings that the libraries read when they are imported. A choice that the operator made in
     the environment stays."""
@@ -330,8 +373,9 @@ def cosine_min(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
 
 
 def load_network(folder: ModelFolder) -> torch.nn.Module:
-    """The transformer, in float32, without a pooling head and without gradients.
-    Raises SettingsError when the weights do not fit the configuration."""
+    """The transformer, in float32, without a pooling head and without gradients. Its weights are mapped
+    from the file: see `own_weights`. Raises SettingsError when they do not fit the configuration."""
+    import torch
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -340,9 +384,16 @@ def load_network(folder: ModelFolder) -> torch.nn.Module:
     logging.set_verbosity_error()
     try:
         network, report = transformers.AutoModel.from_pretrained(
-            str(folder.path), local_files_only=True, output_loading_info=True
+            str(folder.path),
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=torch.float32,  # else as it was saved, which may be 16 bits
         )
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever libraries say of files that are damaged or unknown to them
         raise SettingsError(f"The model in {folder.path} cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -361,6 +412,29 @@ def load_network(folder: ModelFolder) -> torch.nn.Module:
     network.requires_grad_(False)
     module: torch.nn.Module = network
     return module
+
+
+def own_weights(network: torch.nn.Module) -> None:
+    """Copy weights that are mapped from files into memory. Whoever writes to a mapped file (a training
+    run that saves its next model there) changes a model that is in use, and whoever cuts it short ends
+    the process."""
+    import torch
+
+    copies: dict[int, Any] = {}  # a tensor that several modules share stays one
+
+    def copied(tensor: Any) -> Any:
+        if id(tensor) not in copies:
+            copy = tensor.detach().clone()
+            if isinstance(tensor, torch.nn.Parameter):
+                copy = torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
+            copies[id(tensor)] = copy
+        return copies[id(tensor)]
+
+    for module in network.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = copied(tensor)
 
 
 def cast_linear_weights(network: torch.nn.Module) -> None:
@@ -391,6 +465,16 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) 
     if pooling == "mean":
         return (states * weights).sum(1) / weights.sum(1)
     return states.masked_fill(weights == 0, float("-inf")).amax(1)
+
+
+def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, bytes and time of writing of each file that is there and counts."""
+    found = []
+    for name in (*_CONFIGURATION_FILES, *_weight_files(path)):
+        with contextlib.suppress(OSError):
+            said = (path / name).stat()
+            found.append((name, said.st_size, said.st_mtime_ns))
+    return tuple(found)
 
 
 def _weight_files(path: Path) -> list[str]:

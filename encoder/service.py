@@ -2,10 +2,10 @@
 
     embed() ──▶ WaitingTexts ──▶ the thread: tokenize, plan, forward ──▶ the caller's future
                (bounded: Busy)   interactive texts go first between any two passes
+                  └ the first text for a model ──▶ a second thread loads it; texts for others go on
 
-The thread starts, and a model is loaded, at the first text. torch must be told its number of
-threads in the thread that computes (OpenMP keeps it per thread), so everything of torch happens
-there. While the libraries are imported, for a few seconds, other threads of the process are slow.
+The threads start, and a model is loaded, at the first text for it. It stays in memory then. While the
+libraries are imported, for a few seconds, other threads of the process are slow.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from encoder.model import (
     TokenizedText,
     bundled_model_path,
     find_model,
+    use_threads,
 )
 from shoal.encoder_api import (
     DEFAULT_MODEL,
@@ -45,6 +46,7 @@ from shoal.errors import (
     InvariantError,
     NotSupported,
     SettingsError,
+    ShoalError,
     Unavailable,
 )
 from shoal.limits import MIB, TEXTS_PER_REQUEST_MAX
@@ -67,7 +69,8 @@ _log = logger("encoder")
 
 @dataclass(slots=True)
 class _Entry:
-    """A model that can be asked for. Only the thread writes, except for `folder`'s first value."""
+    """A model that can be asked for. The thread that loads writes what it is, the one that computes
+    counts."""
 
     folder: ModelFolder
     aliases: tuple[str, ...]
@@ -109,13 +112,14 @@ class _Batch:
 class LocalEncoder:
     """Implements `shoal.encoder_api.Encoder`.
 
-    settings          encoder_model names the bundled all-MiniLM-L6-v2 or a folder on disk, whose
-                      name (in lower case) is then the model's. The bundled one is always offered
-                      when its package is installed; if it is not, requests get NotSupported.
+    settings          encoder_model names models as `find_model` understands them. The bundled one is
+                      always offered when its package is installed; without any, requests get
+                      NotSupported.
     batch_tokens_max  padded tokens of one forward pass, and so how long a query may wait behind
                       bulk work: about 0.1 s. Larger passes were no faster.
     queue_texts_max   texts that wait before new requests are answered with Busy.
-    Raises            SettingsError when that folder holds no model that can be used.
+    Raises            SettingsError when a folder holds no model that can be used, and when two models
+                      would have the same name.
     """
 
     def __init__(
@@ -128,12 +132,16 @@ class LocalEncoder:
         self._settings = settings
         self._batch_tokens_max = batch_tokens_max
         self._entries = _find_models(settings.encoder_model)
-        self._wake = threading.Condition()  # guards the five below
+        self._wake = threading.Condition()  # guards the eight below
         self._waiting = WaitingTexts(texts_max=queue_texts_max, bytes_max=QUEUE_BYTES_MAX)
         self._requests: dict[int, _Request] = {}
-        self._loads: deque[tuple[str, Future[ModelInfo]]] = deque()
+        self._prepares: list[tuple[str, Future[ModelInfo]]] = []
+        self._to_load: deque[str] = deque()  # the first one is being loaded
+        self._ready: set[str] = set()  # models that are loaded
         self._thread: threading.Thread | None = None
+        self._loader: threading.Thread | None = None
         self._closing = False
+        self._hashing = threading.Lock()  # a fingerprint is computed once
         self._ids = itertools.count(1)
         self._bulk: deque[_Batch] = deque()  # tokenized, not yet computed; the thread's own
         self._seconds_per_text = 0.005  # smoothed; for retry_after_s
@@ -147,10 +155,7 @@ class LocalEncoder:
         self, texts: Sequence[str], model: str, fingerprint: str | None = None
     ) -> Embedding:
         name = self._resolve(model)
-        if fingerprint is not None:
-            own = self._entries[name].fingerprint or (await self.prepare(name)).fingerprint
-            if own != fingerprint:
-                raise wrong_weights(name, fingerprint, own)
+        await self._check_weights(name, fingerprint)
         byte_count = check_texts(texts)
         dim, n = self._entries[name].folder.dim, len(texts)
         request = _Request(
@@ -168,6 +173,7 @@ class LocalEncoder:
             if not self._waiting.offer(request_id, name, n, byte_count):
                 raise self._busy()
             self._requests[request_id] = request
+            self._load(name)
             self._start_thread()
             self._wake.notify()
         try:
@@ -176,15 +182,25 @@ class LocalEncoder:
             self._abandon(request_id)
             raise
 
-    async def prepare(self, model: str) -> ModelInfo:
+    async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:
         name = self._resolve(model)
+        await self._check_weights(name, fingerprint)
         future: Future[ModelInfo] = Future()
         with self._wake:
             self._check_open()
-            self._loads.append((name, future))
-            self._start_thread()
-            self._wake.notify()
+            if self._entries[name].loaded is not None:
+                return self._info(name)
+            self._prepares.append((name, future))
+            self._load(name)
         return await asyncio.wrap_future(future)
+
+    async def fingerprint(self, model: str) -> str:
+        """Of a model by its full name; reads its files the first time, and does not load it.
+        Raises Unavailable when they are not there any more."""
+        entry = self._entries[model]
+        if entry.fingerprint is None:
+            return await asyncio.to_thread(self._fingerprint, model)
+        return entry.fingerprint
 
     def models(self) -> list[ModelInfo]:
         return [self._info(name) for name in sorted(self._entries)]
@@ -195,10 +211,12 @@ class LocalEncoder:
     async def close(self) -> None:
         with self._wake:
             self._closing = True
-            thread, self._thread = self._thread, None
+            threads = [self._thread, self._loader]
             self._wake.notify()
-        if thread is not None:
-            await asyncio.to_thread(thread.join)
+        self._refuse_the_rest()
+        for thread in threads:
+            if thread is not None:
+                await asyncio.to_thread(thread.join)
 
     # -- the caller's side ------------------------------------------------------------------------
 
@@ -209,9 +227,37 @@ class LocalEncoder:
             )
         return resolve_model(model, {name: e.aliases for name, e in self._entries.items()})
 
+    async def _check_weights(self, name: str, wanted: str | None) -> None:
+        if wanted is not None and (own := await self.fingerprint(name)) != wanted:
+            raise wrong_weights(name, wanted, own)
+
+    def _fingerprint(self, name: str) -> str:
+        """Of the files as they are; once the model is loaded, as they were."""
+        entry = self._entries[name]
+        with self._hashing:
+            if entry.loaded is None and entry.folder.changed():
+                entry.fingerprint = None
+                entry.folder = _folder(entry)
+            if entry.fingerprint is None:
+                try:
+                    entry.fingerprint = entry.folder.fingerprint()
+                except OSError as error:
+                    raise _gone(entry) from error
+            return entry.fingerprint
+
     def _check_open(self) -> None:
         if self._closing:
             raise Unavailable("The encoder is closing; send the request again in a moment.")
+
+    def _load(self, name: str) -> None:
+        """See to it that it is loaded, soon."""
+        if self._entries[name].loaded is None and name not in self._to_load:
+            self._to_load.append(name)
+            if self._loader is None:
+                self._loader = threading.Thread(
+                    target=self._load_all, name="shoal-encoder-load", daemon=True
+                )
+                self._loader.start()
 
     def _start_thread(self) -> None:
         if self._thread is None:
@@ -249,7 +295,6 @@ class LocalEncoder:
 
     def _run(self) -> None:
         while self._wait_for_work():
-            self._answer_loads()
             # In turns, so that neither lane can keep the other waiting for more than one pass.
             if (window := self._take(Lane.INTERACTIVE)) is not None:
                 for batch in self._plan(*window):
@@ -258,28 +303,17 @@ class LocalEncoder:
                 self._bulk.extend(self._plan(*window))
             if self._bulk:
                 self._compute(self._bulk.popleft())
-        self._refuse_the_rest()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the encoder closes."""
         with self._wake:
-            while not (self._closing or self._loads or len(self._waiting) or self._bulk):
+            while not (self._closing or self._bulk or self._waiting.any_for(self._ready)):
                 self._wake.wait()
             return not self._closing
 
-    def _answer_loads(self) -> None:
-        while self._loads:
-            name, future = self._loads.popleft()
-            try:
-                self._loaded(name)
-            except Exception as error:
-                _fail(future, error)
-            else:
-                _answer(future, self._info(name))
-
     def _take(self, lane: Lane) -> tuple[str, list[tuple[Slice, _Request]]] | None:
         with self._wake:
-            taken = self._waiting.take(lane, WINDOW_TEXTS_MAX)
+            taken = self._waiting.take(lane, WINDOW_TEXTS_MAX, self._ready)
             if taken is None:
                 return None
             model, slices = taken
@@ -289,6 +323,7 @@ class LocalEncoder:
         """Tokenize a window and cut it into forward passes. A failure fails its requests."""
         try:
             loaded = self._loaded(model)
+            use_threads(self._settings.encoder_threads)
             started = time.perf_counter()
             tokenized = loaded.tokenize(
                 [text for part, request in parts for text in request.texts[part.start : part.stop]]
@@ -347,29 +382,68 @@ class LocalEncoder:
         )
 
     def _loaded(self, name: str) -> TextModel:
-        entry = self._entries[name]
-        if entry.loaded is None:
-            started = time.perf_counter()
+        loaded = self._entries[name].loaded
+        if loaded is None:
+            raise InvariantError(f"texts were taken for {name}, which is not loaded")
+        return loaded
+
+    # -- the thread that loads --------------------------------------------------------------------
+
+    def _load_all(self) -> None:
+        while True:
+            with self._wake:
+                if not self._to_load or self._closing:
+                    self._loader = None
+                    return
+                name = self._to_load[0]
+            failure: Exception | None = None
             try:
-                entry.loaded = TextModel.load(
-                    entry.folder,
-                    precision=self._settings.encoder_precision,
-                    threads=self._settings.encoder_threads,
-                )
-                entry.fingerprint = entry.folder.fingerprint()
-            except SettingsError as error:  # found too late to stop the start
-                raise NotSupported(error.message) from error
-            _log.info(
-                "model_loaded",
-                model=name,
-                precision=entry.loaded.precision,
+                self._load_one(name)
+            except Exception as error:
+                failure = error
+            with self._wake:
+                self._to_load.popleft()
+                if failure is None:
+                    self._ready.add(name)
+                prepared = [future for model, future in self._prepares if model == name]
+                self._prepares = [(m, future) for m, future in self._prepares if m != name]
+                waiting = set(self._waiting.of(name)) if failure is not None else set()
+                self._wake.notify()
+            for future in prepared:
+                if failure is None:
+                    _answer(future, self._info(name))
+                else:
+                    _fail(future, failure)
+            if failure is not None:
+                self._fail_requests(waiting, failure)
+
+    def _load_one(self, name: str) -> None:
+        entry, started = self._entries[name], time.perf_counter()
+        meant = (entry.fingerprint, entry.folder.dim)  # by requests that wait; None: whatever it is
+        found = (self._fingerprint(name), entry.folder.dim)
+        if meant not in (found, (None, found[1])):
+            raise _replaced(name, entry)
+        try:
+            loaded = TextModel.load(
+                entry.folder,
+                precision=self._settings.encoder_precision,
                 threads=self._settings.encoder_threads,
-                took_s=time.perf_counter() - started,
             )
-        return entry.loaded
+        except SettingsError as error:  # found too late to stop the start
+            raise NotSupported(error.message) from error
+        if entry.folder.changed():
+            raise _replaced(name, entry)
+        entry.loaded = loaded
+        _log.info(
+            "model_loaded",
+            model=name,
+            precision=loaded.precision,
+            threads=self._settings.encoder_threads,
+            took_s=time.perf_counter() - started,
+        )
 
     def _fail_requests(self, request_ids: set[int], error: Exception) -> None:
-        if not isinstance(error, NotSupported):
+        if not isinstance(error, ShoalError):
             _log.error("embedding_failed", error=error)
             wrapped = InvariantError(f"The text encoder failed: {error}")
             wrapped.__cause__ = error
@@ -381,32 +455,62 @@ class LocalEncoder:
             if request is not None:
                 _fail(request.future, error)
 
+    # -- the end ----------------------------------------------------------------------------------
+
     def _refuse_the_rest(self) -> None:
         with self._wake:
             self._waiting.drain()
-            self._bulk.clear()
             futures: list[Future[Embedding] | Future[ModelInfo]] = [
                 request.future for request in self._requests.values()
             ]
-            futures.extend(future for _, future in self._loads)
+            futures.extend(future for _, future in self._prepares)
             self._requests.clear()
-            self._loads.clear()
+            self._prepares.clear()
         for future in futures:
             _fail(future, Unavailable("The encoder closed before these texts were embedded."))
 
 
-def _find_models(wanted: str) -> dict[str, _Entry]:
-    """The bundled model, if its package is installed, and the one of the setting encoder_model."""
+def _find_models(wanted: Sequence[str]) -> dict[str, _Entry]:
+    """The bundled model, if its package is installed, and those of the setting encoder_model."""
     short_name = DEFAULT_MODEL.rpartition("/")[2]
-    entries: dict[str, _Entry] = {}
+    found: dict[str, _Entry] = {}
     bundled = bundled_model_path()
     if bundled is not None:
-        entries[DEFAULT_MODEL] = _Entry(ModelFolder.read(bundled), (short_name,))
-    if wanted.strip().lower() in (DEFAULT_MODEL, short_name):
-        return entries
-    name, aliases, folder = find_model(wanted)
-    entries[name] = _Entry(ModelFolder.read(folder), aliases)
-    return entries
+        found[DEFAULT_MODEL] = _Entry(ModelFolder.read(bundled), (short_name,))
+    for one in wanted:
+        if one.strip().lower() in (DEFAULT_MODEL, short_name):
+            continue
+        name, aliases, folder = find_model(one)
+        names = {name, *aliases}
+        for other, entry in found.items():
+            if both := names & {other, *entry.aliases}:
+                raise SettingsError(
+                    f"encoder_model has two models of the name {min(both)}: in {entry.folder.path} and "
+                    f"in {folder}. Give one of them another name, as in {folder.name}-2={folder}."
+                )
+        found[name] = _Entry(ModelFolder.read(folder), aliases)
+    return found
+
+
+def _folder(entry: _Entry) -> ModelFolder:
+    """Its files, read anew."""
+    try:
+        return ModelFolder.read(entry.folder.path)
+    except SettingsError as error:
+        raise _gone(entry) from error
+
+
+def _replaced(name: str, entry: _Entry) -> Unavailable:
+    return Unavailable(
+        f"The files of {name} in {entry.folder.path} were replaced just now; send the request again."
+    )
+
+
+def _gone(entry: _Entry) -> Unavailable:
+    return Unavailable(
+        f"The model in {entry.folder.path} is not there any more, or not in full: put it back, and send "
+        "the request again."
+    )
 
 
 def _answer(future: Future[_T], value: _T) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar, get_origin
 
 if TYPE_CHECKING:
     from shoal.configuration import LoadedSettings
@@ -115,10 +115,12 @@ def _add_settings(parser: Parser, process: type[Process]) -> None:
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = "none" if default is None else display(name, default)
         variable = ENV_PREFIX + name.upper()
+        several = get_origin(field.annotation) is tuple
         about = f"{field.description} [default {shown}; {variable}]".replace("%", "%%")
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=argparse.SUPPRESS,
+            action="append" if several else "store",
             metavar=name.rpartition("_")[2].upper(),
             help=about,
         )
@@ -129,8 +131,13 @@ def _load_settings(parsed: argparse.Namespace, process: type[P]) -> LoadedSettin
     from shoal.settings import setting_names
 
     given = vars(parsed)
-    flags = {name: given[name] for name in setting_names(process) if name in given}
+    flags = {name: _joined(given[name]) for name in setting_names(process) if name in given}
     return load_settings(flags, parsed.config, process)
+
+
+def _joined(value: str | list[str]) -> str:
+    """A flag that was given several times, as if it had been given once."""
+    return value if isinstance(value, str) else ",".join(value)
 
 
 _PRECEDENCE = "Flags win over SHOAL_ variables, variables over the settings file."

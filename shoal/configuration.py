@@ -58,6 +58,8 @@ def display(name: str, value: object) -> str:
         return str(value).lower()
     if isinstance(value, SecretStr):
         return "(set)"
+    if isinstance(value, tuple):
+        return ", ".join(value)
     if "bytes" in name and isinstance(value, int):
         for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
             if value and value % size == 0:

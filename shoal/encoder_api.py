@@ -7,6 +7,11 @@ Names of models. The full name is what a vector is bound to and what `models()` 
 also use an alias, and upper or lower case does not matter: "all-MiniLM-L6-v2" and
 "sentence-transformers/all-minilm-l6-v2" are one model. `resolve_model` is the only place that
 decides this; it answers the full name or raises BadRequest naming what is known.
+
+Weights. Under one name there may be several, told apart by their fingerprints: a model that was
+fine-tuned in place beside the one that it was made of. Who has a fingerprint, of a bound vector for
+instance, gets those weights or an error. Who has none is refused while there are several: which ones
+answer must not be an accident.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ __all__ = [
     "Precision",
     "check_texts",
     "resolve_model",
+    "several_weights",
     "wrong_weights",
 ]
 
@@ -39,7 +45,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """One model that this encoder can use."""
+    """One model that this encoder can use; name and fingerprint together tell it from others."""
 
     name: str
     """The full name, lower case; what `resolve_model` answers."""
@@ -101,17 +107,21 @@ class Encoder(Protocol):
         """As `embed`, and says how many tokens were read and which texts were cut.
 
         fingerprint  of the model that must compute it, where several of one name are served.
-                     BadRequest (`wrong_weights`) when none of them has it.
+                     BadRequest when nobody has it (`wrong_weights`), and without it while there
+                     are several (`several_weights`); Unavailable when who had it is gone for the
+                     moment.
         """
         ...
 
-    async def prepare(self, model: str) -> ModelInfo:
+    async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:
         """Load the model now, so that the first request need not wait; answers its full info,
-        fingerprint included. Same errors as `embed`."""
+        fingerprint included. Same errors as `encode`: without a fingerprint and with several to
+        choose from, the message names all of them."""
         ...
 
     def models(self) -> list[ModelInfo]:
-        """Every model that can be used here, by name. Cheap; loads nothing."""
+        """Every model that can be used here, by name and fingerprint: a name is there more than once
+        while several weights are served under it. Cheap; loads nothing."""
         ...
 
     async def describe(self) -> list[dict[str, Any]]:
@@ -127,24 +137,45 @@ class Encoder(Protocol):
 def resolve_model(name: str, aliases_by_model: Mapping[str, Iterable[str]]) -> str:
     """The full name for `name`, which may be a full name or an alias, in any case.
 
-    aliases_by_model  full name (lower case) -> its aliases. BadRequest when nothing fits.
+    aliases_by_model  full name (lower case) -> its aliases. BadRequest when nothing fits, or an alias
+                      fits several.
     """
     wanted = name.strip().lower()
-    for full_name, aliases in aliases_by_model.items():
-        if wanted == full_name or any(wanted == alias.lower() for alias in aliases):
-            return full_name
+    if wanted in aliases_by_model:
+        return wanted
+    fitting = [
+        full_name
+        for full_name, aliases in sorted(aliases_by_model.items())
+        if any(wanted == alias.lower() for alias in aliases)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise BadRequest(
+            f"Wrong input: the model {name!r} may be any of {', '.join(fitting)}: name it in full"
+        )
     known = ", ".join(sorted(aliases_by_model)) or "none; this server has no encoder"
     raise BadRequest(
         f"Wrong input: model {name!r} is not known here; models of this server: {known}"
     )
 
 
-def wrong_weights(model: str, wanted: str, served: str | None) -> BadRequest:
-    """A model is there under its name, and is another one."""
+def wrong_weights(model: str, wanted: str, *served: str | None) -> BadRequest:
+    """A model is there under its name, and is another one, or others."""
     return BadRequest(
         f"Wrong input: these vectors are of {model} with the fingerprint {wanted}, and what is served "
-        f"under that name has {served}. Vectors of different weights cannot be compared: serve the "
-        "model with the old weights, or make the collection anew with the new ones"
+        f"under that name has {' and '.join(sorted(map(str, served)))}. Vectors of different weights "
+        "cannot be compared: serve the model with the old weights, or make the collection anew with "
+        "the new ones"
+    )
+
+
+def several_weights(model: str, served: Iterable[str]) -> BadRequest:
+    """A model is there under its name more than once, and nobody said which is meant."""
+    return BadRequest(
+        f"Wrong input: {model} is served with several weights, of the fingerprints "
+        f"{' and '.join(sorted(served))}, and it was not said which are meant. Bind the vector to the "
+        "model and its fingerprint, or serve one of them under another name: --model NAME=FOLDER"
     )
 
 

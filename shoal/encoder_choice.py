@@ -1,44 +1,72 @@
 """`EitherEncoder`: rank groups of the cluster for the models that they serve, this process for others.
 
 A coordinator without any group still takes texts, as `shoal serve` does; once `shoal encoder serve`
-runs, its model is computed there and nowhere else, for as long as the group is registered.
+runs, its model is computed there and nowhere else, for as long as the group is registered. Weights that
+only one of the two has are computed by that one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.encoder_api import Embedding, Encoder, ModelInfo, resolve_model
+from shoal.encoder_api import Embedding, Encoder, ModelInfo, resolve_model, several_weights
 
-__all__ = ["EitherEncoder"]
+__all__ = ["EitherEncoder", "Groups", "OwnModels"]
+
+
+class Groups(Encoder, Protocol):
+    """Rank groups, which come and go."""
+
+    def fingerprints(self, model: str) -> set[str]:
+        """Of a model, by its full name: those that groups serve, and those that are missing for the
+        moment."""
+        ...
+
+
+class OwnModels(Encoder, Protocol):
+    """Models of this process; each name has one fingerprint, for good."""
+
+    async def fingerprint(self, model: str) -> str:
+        """Of a model by its full name; reads its files the first time, and does not load it."""
+        ...
 
 
 class EitherEncoder:
     """Implements `shoal.encoder_api.Encoder`. `close` closes both."""
 
-    def __init__(self, groups: Encoder, local: Encoder | None) -> None:
+    def __init__(self, groups: Groups, local: OwnModels | None) -> None:
         self._groups, self._local = groups, local
 
     async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
-        return await self._for(model).embed(texts, model)
+        return (await self.encode(texts, model)).vectors
 
     async def encode(
         self, texts: Sequence[str], model: str, fingerprint: str | None = None
     ) -> Embedding:
-        return await self._for(model).encode(texts, model, fingerprint)
+        who = await self._for(model, fingerprint)
+        return await who.encode(texts, model, fingerprint)
 
-    async def prepare(self, model: str) -> ModelInfo:
-        return await self._for(model).prepare(model)
+    async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:
+        return await (await self._for(model, fingerprint)).prepare(model, fingerprint)
 
     def models(self) -> list[ModelInfo]:
-        found = {info.name: info for info in (self._local.models() if self._local else [])}
-        found |= {info.name: info for info in self._groups.models()}
-        return [found[name] for name in sorted(found)]
+        """A model of this process that groups serve, too, is listed once unless its weights are known
+        to be others."""
+        served = self._groups.models()
+        known: dict[str, list[str | None]] = {}
+        for info in served:
+            known.setdefault(info.name, [None]).append(info.fingerprint)
+        own = [
+            info
+            for info in (self._local.models() if self._local else [])
+            if info.fingerprint not in known.get(info.name, [])
+        ]
+        return sorted([*served, *own], key=lambda info: (info.name, info.fingerprint or ""))
 
     async def describe(self) -> list[dict[str, Any]]:
         return await self._groups.describe()
@@ -46,13 +74,27 @@ class EitherEncoder:
     async def close(self) -> None:
         await asyncio.gather(*(part.close() for part in (self._groups, self._local) if part))
 
-    def _for(self, model: str) -> Encoder:
-        """Raises BadRequest for a model that neither knows, NotSupported where there is none."""
+    async def _for(self, model: str, fingerprint: str | None) -> Encoder:
+        """Raises BadRequest for a model that neither knows, and where it was not said which of several
+        weights are meant."""
         if self._local is None:
             return self._groups
-        known = {info.name: info.aliases for info in self.models()}
-        if not known:
+        served = self._groups.models()
+        aliases: dict[str, list[str]] = {}
+        for info in (*served, *self._local.models()):
+            aliases.setdefault(info.name, []).extend(info.aliases)
+        if not aliases:
             return self._local  # says what to install
-        name = resolve_model(model, known)
-        served = {info.name for info in self._groups.models()}
-        return self._groups if name in served else self._local
+        name = resolve_model(model, aliases)
+        if all(info.name != name for info in self._local.models()):
+            return self._groups
+        expected = self._groups.fingerprints(name)
+        if not expected and fingerprint is None:
+            return self._local
+        own = await self._local.fingerprint(name)
+        if fingerprint is None and expected != {own}:
+            raise several_weights(name, {own, *expected})
+        if fingerprint in (None, own):
+            there = any((info.name, info.fingerprint) == (name, own) for info in served)
+            return self._groups if there else self._local
+        return self._groups if expected else self._local  # who says what is wrong with it

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import gc
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pydantic import SecretStr
@@ -19,6 +19,7 @@ from coordinator.grpc_api import GrpcApi
 from coordinator.metrics import Metrics
 from coordinator.one_write import OneWriteProtocol
 from coordinator.service import Coordinator
+from encoder.model import find_model
 from encoder.service import LocalEncoder
 from monitor.service import Monitor
 from shoal import telemetry
@@ -47,6 +48,10 @@ class FrontSettings(Protocol):
     def shutdown_grace_s(self) -> float: ...
     @property
     def encoder_preload(self) -> bool: ...
+    @property
+    def encoder_model(self) -> tuple[str, ...]: ...
+    @property
+    def encoder_is_off(self) -> bool: ...
 
 
 async def serve_front(
@@ -90,24 +95,24 @@ async def serve_front(
         stop.call(lambda _: monitor.set_ready(False))
         stop.call(server.stop)
         stop.call(lambda at_once: grpc_api.begin_close(0.0 if at_once else grace_s))
-        if encoder is not None and settings.encoder_preload:
-            loading = asyncio.create_task(_preload(encoder), name="preload")
+        if encoder is not None and settings.encoder_preload and not settings.encoder_is_off:
+            loading = asyncio.create_task(_preload(encoder, settings.encoder_model), name="preload")
             stack.callback(loading.cancel)
         await server.serve(sockets=[listener])
 
 
 def make_encoder(settings: EncoderSettings) -> LocalEncoder | None:
     """None when text is switched off."""
-    return None if settings.encoder_model.lower() == "none" else LocalEncoder(settings)
+    return None if settings.encoder_is_off else LocalEncoder(settings)
 
 
-async def _preload(encoder: Encoder) -> None:
+async def _preload(encoder: Encoder, models: Sequence[str]) -> None:
     """A server whose encoder cannot load still serves vectors; the first text gets the error."""
-    for model in encoder.models():
+    for model in models:
         try:
-            loaded = await encoder.prepare(model.name)
+            loaded = await encoder.prepare(find_model(model)[0])
         except ShoalError as error:
-            _log.warning("encoder_not_loaded", model=model.name, why=error.message)
+            _log.warning("encoder_not_loaded", model=model, why=error.message)
         else:
             _log.info("encoder_loaded", model=loaded.name, precision=loaded.precision)
 

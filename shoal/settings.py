@@ -30,6 +30,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -79,6 +80,16 @@ def _parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
+
+
+def _split_names(value: object) -> object:
+    """ "a, b" -> a and b, for flags, variables and files alike. An array in a file is taken as it is."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names), NoDecode]
 
 
 def _cores() -> int:
@@ -165,17 +176,19 @@ class EncoderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    encoder_model: str = _setting(
-        "sentence-transformers/all-minilm-l6-v2",
-        right="a model's name, a folder with a model, or none",
-        about="The model that turns text into vectors: the name of the one that comes with Shoal, "
-        'or a folder on disk; "none" switches text off.',
+    encoder_model: Names = _setting(
+        ("sentence-transformers/all-minilm-l6-v2",),
+        right="models' names, folders with models, or NAME=FOLDER, with commas between them; or none",
+        about="The models that turn text into vectors, beside the one that comes with Shoal: folders on "
+        "disk, or NAME=FOLDER for a name of your choice; several with commas, or as an array, or by "
+        'giving the flag several times. "none" switches text off.',
         min_length=1,
     )
     encoder_preload: bool = _setting(
         False,
         right="true or false",
-        about="Load that model right after the start; otherwise the first text does and waits.",
+        about="Load those models right after the start; otherwise the first text for each does and "
+        "waits.",
     )
     encoder_threads: int = _setting(
         lambda: max(1, _cores() - 1),
@@ -189,6 +202,17 @@ class EncoderSettings(BaseModel):
         right="auto, float32 or bfloat16",
         about="Numbers that the encoder computes with; auto takes bfloat16 where the CPU has it.",
     )
+
+    @field_validator("encoder_model")
+    @classmethod
+    def _none_is_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) > 1 and any(name.strip().lower() == "none" for name in value):
+            raise ValueError("none switches text off, so it stands alone")
+        return value
+
+    @property
+    def encoder_is_off(self) -> bool:
+        return [name.strip().lower() for name in self.encoder_model] == ["none"]
 
 
 class CoordinatorSettings(BaseModel):
@@ -597,9 +621,9 @@ class EncoderProcess(ClusterProcess):
 
     model: str = _setting(
         "sentence-transformers/all-minilm-l6-v2",
-        right="a model's name, or a folder with a model",
-        about="The model to serve: the name of the one that comes with Shoal, a folder on disk, or "
-        "a name in this user's Hugging Face cache.",
+        right="a model's name, a folder with a model, or NAME=FOLDER",
+        about="The model to serve: the name of the one that comes with Shoal, a folder on disk, "
+        "NAME=FOLDER for a name of your choice, or a name in this user's Hugging Face cache.",
         cluster=True,
         min_length=1,
     )

@@ -1,8 +1,11 @@
 """`EncoderClient`: the encoders of a cluster behind `shoal.encoder_api.Encoder`.
 
-    embed ──▶ groups that serve the model, least work first ──▶ one Embed call each, many requests
+    embed ──▶ groups that serve the weights, least work first ──▶ one Embed call each, many requests
                 │ a group that is lost, busy or too late: the next one, each once
                 └ nothing here changes anything, so asking twice harms nobody
+
+Weights are a model's name and fingerprint: groups of one name with different fingerprints are replicas
+of nothing, and never stand in for each other.
 
 Who there is comes from the records under `nodes/`. How much waits for a group is known from its last
 answer and from what this process has sent since; a group that was not heard of for a while is asked.
@@ -13,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import grpc
@@ -23,8 +27,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.encoder.v1 import encoder_pb2 as pb
-from shoal.encoder_api import Embedding, ModelInfo, check_texts, resolve_model, wrong_weights
-from shoal.errors import Busy, FormatTooNew, NotSupported, ShoalError, TimedOut, Unavailable
+from shoal.encoder_api import (
+    Embedding,
+    ModelInfo,
+    check_texts,
+    resolve_model,
+    several_weights,
+    wrong_weights,
+)
+from shoal.errors import (
+    BadRequest,
+    Busy,
+    FormatTooNew,
+    NotSupported,
+    ShoalError,
+    TimedOut,
+    Unavailable,
+)
 from shoal.limits import RPC_IN_FLIGHT_MAX
 from shoal.metadata.contract import KeyValue
 from shoal.metadata.schema import NODES_PREFIX, EncoderFacts, NodeRecord, NodeRole
@@ -41,6 +60,9 @@ CONNECT_TIMEOUT_S = 0.8
 _BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 0.5
 POLL_S = 1.0  # between questions for the depth of queues, while there is more than one group
 AVOID_S = 1.0  # a group that was lost is asked last for so long
+RETURN_S = (
+    300.0  # weights whose groups are gone may come back: a machine may have to start for that
+)
 _BYTES_PER_TOKEN = 4.0  # of texts not yet cut into tokens; only to compare groups with
 
 _log = logger("rpc")
@@ -75,8 +97,8 @@ class EncoderClient:
         given = settings if settings is not None else RpcSettings()
         # A group that does not take a call is passed over sooner than a storage node.
         self._settings = replace(given, connect_timeout_s=CONNECT_TIMEOUT_S)
-        self._seen: dict[str, EncoderFacts] = {}  # by model: served once, whether it is now or not
-        self._totals: dict[str, _Totals] = {}
+        self._seen: dict[_Weights, _Seen] = {}  # served once, whether they are now or not
+        self._totals: dict[_Weights, _Totals] = {}
         self._read: dict[str, tuple[KeyValue, NodeRecord | None]] = {}
         self._groups: dict[str, _Group] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -91,36 +113,40 @@ class EncoderClient:
         self, texts: Sequence[str], model: str, fingerprint: str | None = None
     ) -> Embedding:
         size = check_texts(texts)
-        facts = self._facts(model)
+        facts = self._facts(model, fingerprint)
         if not texts:
             return _empty(facts)
-        request = pb.EmbedRequest(model=facts.model, fingerprint=fingerprint or "", texts=texts)
+        request = pb.EmbedRequest(model=facts.model, fingerprint=facts.fingerprint, texts=texts)
         tokens = int(size / _BYTES_PER_TOKEN) + len(texts)
         failure: ShoalError | None = None
         started_s = asyncio.get_running_loop().time()
         tried: set[_Group] = set()
         # Looked up anew each time: a group that was started again has another address.
-        while (group := self._next(facts.model, fingerprint, tried)) is not None:
+        while (group := self._next(facts, tried)) is not None:
             tried.add(group)
             try:
-                reply = await group.ask(request, tokens)
+                answer = _embedding(await group.ask(request, tokens), len(texts), facts.dim)
             except (Unavailable, TimedOut, Busy) as error:
                 failure = _worse(failure, error)
+            except BadRequest as error:  # it serves something else than its record says
+                failure = _worse(failure, Unavailable(f"encoder {group.node}: {error.message}"))
             else:
-                answer = _embedding(reply, len(texts), facts.dim)
                 took_s = asyncio.get_running_loop().time() - started_s
-                self._totals.setdefault(facts.model, _Totals()).add(answer, took_s)
+                self._totals.setdefault(_weights(facts), _Totals()).add(answer, took_s)
                 return answer
         raise failure if failure is not None else _nobody(facts.model)
 
-    async def prepare(self, model: str) -> ModelInfo:
-        return self._info(self._facts(model))
+    async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:
+        return self._info(self._facts(model, fingerprint))
 
     def models(self) -> list[ModelInfo]:
-        found: dict[str, ModelInfo] = {}
-        for _, facts in self._serving():
-            found.setdefault(facts.model, self._info(facts))
-        return [found[name] for name in sorted(found)]
+        served = {_weights(facts): facts for _, facts in reversed(self._serving())}
+        return [self._info(served[weights]) for weights in sorted(served)]
+
+    def fingerprints(self, model: str) -> set[str]:
+        """Of a model, by its full name: those that groups serve, and those that are missing for the
+        moment."""
+        return self._expected(model, self._serving())
 
     async def describe(self) -> list[dict[str, Any]]:
         return [_described(status) for status in await self.statuses()]
@@ -142,8 +168,9 @@ class EncoderClient:
         )
 
     def _serving(self) -> list[tuple[NodeRecord, EncoderFacts]]:
-        """Of all registered groups, by node id."""
+        """Of all registered groups, by node id; and remember what they serve."""
         found = []
+        now_s = time.monotonic()
         for key in sorted(self._entries):
             record = self._record(key)
             if (
@@ -152,6 +179,8 @@ class EncoderClient:
                 and record.encoder is not None
             ):
                 found.append((record, record.encoder))
+                weights = _weights(record.encoder)
+                self._seen.setdefault(weights, _Seen(record.encoder)).by(record.id, now_s)
         return found
 
     def _record(self, key: str) -> NodeRecord | None:
@@ -169,25 +198,53 @@ class EncoderClient:
         self._read[key] = (entry, record)
         return record
 
-    def _facts(self, model: str) -> EncoderFacts:
-        """What is served under that name. Raises NotSupported where there never was an encoder,
-        Unavailable while the groups of a model are gone, BadRequest for an unknown model."""
+    def _facts(self, model: str, fingerprint: str | None) -> EncoderFacts:
+        """What is to be asked for. Raises NotSupported where there never was an encoder, Unavailable
+        while the groups of a model are gone, BadRequest for an unknown model or other weights."""
         if self._closed:
             raise Unavailable("this process is shutting down")
-        serving = {facts.model: facts for _, facts in reversed(self._serving())}
-        self._seen |= serving
+        serving = self._serving()
+        if len(serving) > 1 and self._poller is None:
+            self._poller = asyncio.create_task(self._poll(), name="encoder-depths")
         if not self._seen:
             raise NotSupported(
                 "Texts cannot be embedded here: this cluster has no encoder; start one with `shoal "
                 "encoder serve`, or send vectors"
             )
-        name = resolve_model(model, {facts.model: facts.aliases for facts in self._seen.values()})
-        if name not in serving:
-            raise _nobody(name)
-        return serving[name]
+        aliases: dict[str, list[str]] = {}
+        for seen in self._seen.values():
+            aliases.setdefault(seen.facts.model, []).extend(seen.facts.aliases)
+        name = resolve_model(model, aliases)
+        served = {f.fingerprint: f for _, f in reversed(serving) if f.model == name}
+        expected = self._expected(name, serving)
+        if (
+            fingerprint is None and len(expected) > 1
+        ):  # also when all but one are lost at the moment
+            raise several_weights(name, expected)
+        chosen = next(iter(served), None) if fingerprint is None else fingerprint
+        if chosen in served:
+            return served[chosen]
+        if fingerprint is not None and served and fingerprint not in expected:
+            raise wrong_weights(name, fingerprint, *served)
+        raise _nobody(name, fingerprint)
+
+    def _expected(self, model: str, serving: Sequence[tuple[NodeRecord, EncoderFacts]]) -> set[str]:
+        """Fingerprints of a model that are served, or were until a moment ago, as before a crash: not
+        those whose nodes now serve others."""
+        now_s = time.monotonic()
+        serves = {record.id: _weights(facts) for record, facts in serving}
+        return {
+            weights[1]
+            for weights, seen in self._seen.items()
+            if weights[0] == model
+            and any(
+                serves.get(node, weights) == weights and now_s - at_s < RETURN_S
+                for node, at_s in seen.at_s.items()
+            )
+        }
 
     def _info(self, facts: EncoderFacts) -> ModelInfo:
-        totals = self._totals.get(facts.model, _Totals())
+        totals = self._totals.get(_weights(facts), _Totals())
         return ModelInfo(
             name=facts.model,
             dim=facts.dim,
@@ -201,24 +258,15 @@ class EncoderClient:
             busy_s_total=totals.waited_s,
         )
 
-    def _by_load(self, model: str, fingerprint: str | None) -> list[_Group]:
-        """Groups that serve the model, the one with the least to do first. Raises BadRequest when all
-        that do have other weights."""
-        serving = [
-            record
+    def _next(self, wanted: EncoderFacts, tried: set[_Group]) -> _Group | None:
+        """Of the groups that serve these weights and were not tried, the one with the least to do."""
+        groups = [
+            self._group(record)
             for record, facts in self._serving()
-            if facts.model == model and fingerprint in (None, facts.fingerprint)
+            if _weights(facts) == _weights(wanted) and not record.draining
         ]
-        if not serving and fingerprint is not None:
-            raise wrong_weights(model, fingerprint, self._seen[model].fingerprint)
-        groups = [self._group(record) for record in serving if not record.draining]
-        if len(groups) > 1 and self._poller is None:
-            self._poller = asyncio.create_task(self._poll(), name="encoder-depths")
         now_s = asyncio.get_running_loop().time()
-        return sorted(groups, key=lambda group: (now_s < group.avoid_until_s, group.depth))
-
-    def _next(self, model: str, fingerprint: str | None, tried: set[_Group]) -> _Group | None:
-        groups = self._by_load(model, fingerprint)
+        groups.sort(key=lambda group: (now_s < group.avoid_until_s, group.depth))
         return next((group for group in groups if group not in tried), None)
 
     def _group(self, record: NodeRecord) -> _Group:
@@ -241,9 +289,30 @@ class EncoderClient:
                     self._groups[status.node].waiting_tokens = status.reply.waiting_tokens
 
 
+_Weights = tuple[str, str]  # a model's full name, and the fingerprint
+
+
+def _weights(facts: EncoderFacts) -> _Weights:
+    return facts.model, facts.fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Weights that were served, by which nodes, and when each was last seen to."""
+
+    facts: EncoderFacts
+    at_s: dict[str, float] = field(default_factory=dict)
+
+    def by(self, node: str, now_s: float) -> None:
+        if node not in self.at_s:  # ids may be made anew at each start: forget those of long ago
+            for old in [n for n, at_s in self.at_s.items() if now_s - at_s > RETURN_S]:
+                del self.at_s[old]
+        self.at_s[node] = now_s
+
+
 @dataclass(slots=True)
 class _Totals:
-    """What this process has had embedded by one model."""
+    """What this process has had embedded by a model."""
 
     texts: int = 0
     truncated: int = 0
@@ -464,9 +533,10 @@ def _described(status: GroupStatus) -> dict[str, Any]:
     return known | said | {"ranks": ranks}
 
 
-def _nobody(model: str) -> Unavailable:
+def _nobody(model: str, fingerprint: str | None = None) -> Unavailable:
+    which = "" if fingerprint is None else f" with the fingerprint {fingerprint}"
     return Unavailable(
-        f"No encoder serves {model} at the moment; send the request again in a few seconds."
+        f"No encoder serves {model}{which} at the moment; send the request again in a few seconds."
     )
 
 

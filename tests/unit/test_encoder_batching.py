@@ -68,11 +68,32 @@ def test_a_bulk_request_is_given_out_in_windows_and_the_next_one_follows_on() ->
 
 def test_texts_for_two_models_are_never_in_one_window() -> None:
     queue = waiting()
-    for request_id, model in enumerate(["a", "a", "b", "a"]):
+    for request_id, model in enumerate(["a", "a", "b", "a", "b"]):
         queue.offer(request_id, model, 1, 1)
-    assert queue.take(Lane.INTERACTIVE, 64) == ("a", [Slice(0, 0, 1), Slice(1, 0, 1)])
-    assert queue.take(Lane.INTERACTIVE, 64) == ("b", [Slice(2, 0, 1)])
-    assert queue.take(Lane.INTERACTIVE, 64) == ("a", [Slice(3, 0, 1)])
+    of_a = [Slice(0, 0, 1), Slice(1, 0, 1), Slice(3, 0, 1)]
+    assert queue.take(Lane.INTERACTIVE, 64) == ("a", of_a)  # in turns they would be one by one
+    assert queue.take(Lane.INTERACTIVE, 64) == ("b", [Slice(2, 0, 1), Slice(4, 0, 1)])
+    assert (len(queue), queue.text_count, queue.byte_count) == (0, 0, 0)
+
+
+def test_the_oldest_text_says_which_model_is_next() -> None:
+    queue = waiting()
+    for request_id, model in enumerate(["a", "b", "a", "a"]):
+        queue.offer(request_id, model, MANY, 1)
+    assert queue.take(Lane.BULK, MANY + 1) == ("a", [Slice(0, 0, MANY), Slice(2, 0, 1)])
+    assert queue.take(Lane.BULK, MANY + 1) == ("b", [Slice(1, 0, MANY)])
+    assert queue.take(Lane.BULK, MANY) == ("a", [Slice(2, 1, MANY), Slice(3, 0, 1)])
+
+
+def test_texts_for_a_model_that_is_not_ready_wait_and_hold_up_nobody() -> None:
+    queue = waiting()
+    queue.offer(1, "a", 1, 1)
+    queue.offer(2, "b", 1, 1)
+    assert not queue.any_for({"c"})
+    assert queue.take(Lane.INTERACTIVE, 64, {"b"}) == ("b", [Slice(2, 0, 1)])
+    assert queue.take(Lane.INTERACTIVE, 64, {"b"}) is None
+    assert queue.of("a") == [1]
+    assert queue.any_for({"a"})
 
 
 def test_a_full_queue_refuses_by_texts_and_by_bytes() -> None:
