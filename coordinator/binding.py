@@ -22,7 +22,7 @@ from shoal.encoder_api import ModelInfo, resolve_model
 from shoal.errors import BadRequest
 from shoal.metadata.schema import BoundModel, named_vectors
 
-__all__ = ["METADATA_KEY", "bound_models", "check_declared", "check_text"]
+__all__ = ["METADATA_KEY", "bound_models", "check_declared", "check_text", "means"]
 
 METADATA_KEY = "shoal_models"
 
@@ -94,13 +94,18 @@ def check_declared(
     """declared: a model's name or fingerprint, for the vectors of those names. Raises BadRequest."""
     for name in vectors:
         to = bound.get(name)
-        if to is None or declared == to.fingerprint or _is(to.model, declared, known):
+        if to is None or means(to, declared, known):
             continue
         raise BadRequest(
             f"Wrong input: the vector '{name}' is bound to the model {to.model} with the fingerprint "
             f"{to.fingerprint or '(not known yet)'}, and the request says that its vectors are of "
             f"{declared}: vectors of different models cannot be compared"
         )
+
+
+def means(bound: BoundModel, given: str, known: Sequence[ModelInfo]) -> bool:
+    """given: a model's name or fingerprint."""
+    return given == bound.fingerprint or _is(bound.model, given, known)
 
 
 def _is(full_name: str, given: str, known: Sequence[ModelInfo]) -> bool:

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 from pydantic import JsonValue
 
-from coordinator.binding import bound_models
+from coordinator.binding import METADATA_KEY, bound_models
 from coordinator.creation import check_factors, check_name, check_request, unknown_fields
+from coordinator.generations import Pair, exchanged, pairs_of
 from coordinator.routing import ShardGone
 from shoal.api.models import CreateCollection
 from shoal.encoder_api import ModelInfo
@@ -58,6 +59,7 @@ from shoal.metadata.schema import (
     NodeRecord,
     ShardRecord,
     collection_key,
+    named_vectors,
     shard_key,
     shard_spec,
     vector_fields,
@@ -84,6 +86,8 @@ class Collection:
     """An active collection with what requests need at hand.
 
     revision  of its record in the metadata store; the guard of the next change.
+    request   the creation, with the dimensions and models of today.
+    fields, pairs  what names of vectors mean; see `with_others`.
     """
 
     record: CollectionRecord
@@ -91,11 +95,26 @@ class Collection:
     request: CreateCollection
     fields: VectorFields
     shards: tuple[ShardKey, ...]
+    pairs: Mapping[str, Pair]
 
     @classmethod
     def of(cls, record: CollectionRecord, revision: int) -> Collection:
-        request = record.request()
-        return cls(record, revision, request, vector_fields(request), tuple(record.shards()))
+        request = _as_of_today(record)
+        fields = vector_fields(request)
+        pairs = pairs_of(record, fields)
+        return cls(record, revision, request, fields, tuple(record.shards()), pairs)
+
+    def with_others(self, names: Sequence[str]) -> Collection:
+        """As a request sees it in which these vectors mean their second generation."""
+        if not names:
+            return self
+        fields, pairs = exchanged(self.fields, self.pairs, names)
+        return replace(self, fields=fields, pairs=pairs)
+
+    def model_of(self, vector: str) -> BoundModel | None:
+        """That the vector, as this request sees it, is bound to."""
+        pair = self.pairs.get(vector)
+        return self.record.models.get(vector) if pair is None else pair.given.model
 
     @property
     def name(self) -> str:
@@ -105,6 +124,27 @@ class Collection:
     def replication_factor(self) -> int:
         """Replicas of each shard that were asked for."""
         return self.request.replication_factor or 1
+
+
+def _as_of_today(record: CollectionRecord) -> CreateCollection:
+    request = record.request()
+    if not record.migrated:
+        return request
+    vectors = dict(named_vectors(request))
+    metadata = dict(request.metadata or {})
+    said = metadata.get(METADATA_KEY)
+    bound = dict(said) if isinstance(said, dict) else {}
+    for name, vector in record.migrated.items():
+        current = vector.current
+        vectors[name] = vectors[name].model_copy(
+            update={"size": current.size, "shoal_model": current.model.model}
+        )
+        if name in bound:
+            bound[name] = current.model.model
+    changed: dict[str, Any] = {"vectors": vectors.get("", vectors)}
+    if bound:
+        changed["metadata"] = metadata | {METADATA_KEY: bound}
+    return request.model_copy(update=changed)
 
 
 class Catalog:
@@ -123,6 +163,7 @@ class Catalog:
         self._store, self._storage, self._settings = store, storage, settings
         self._local_node = local_node
         self.models: Callable[[], Sequence[ModelInfo]] = tuple  # those that could be served now
+        self.on_change: Callable[[], None] = lambda: None  # of any record
         self._collections: dict[str, Collection] = {}
         self._gone: dict[str, int] = {}  # deleted here, at this revision; the watch will tell too
         self._unfinished: dict[str, asyncio.TimerHandle] = {}
@@ -225,6 +266,7 @@ class Catalog:
         self._settle(name)
         if record.state is CollectionState.ACTIVE:
             self._collections[name] = Collection.of(record, revision)
+            self.on_change()
             return
         self._collections.pop(name, None)
         if self._local_node is None:
@@ -283,6 +325,14 @@ class Catalog:
     async def set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         """Write down, or with None remove, a payload index. Results never depend on it."""
         await self._to_end(self._set_index(name, field, params))
+
+    async def change(
+        self, name: str, change: Callable[[CollectionRecord], CollectionRecord | None]
+    ) -> Collection:
+        """Replace the record by what `change` makes of it, again when others were first. None: as it
+        is. Raises NotFound, Busy, what `change` raises; the error says whether it may have happened."""
+        await self._to_end(self._change(name, change))
+        return self.get(name)
 
     async def _to_end(self, change: Coroutine[Any, Any, T]) -> T:
         """Run a change to its end also when the caller gives up (a timeout, a client that went
@@ -363,6 +413,14 @@ class Catalog:
         except ShoalError as error:
             _log.warning("shards_not_dropped", why=error.message)
 
+    async def _change(
+        self, name: str, change: Callable[[CollectionRecord], CollectionRecord | None]
+    ) -> None:
+        async with self._lock:
+            await self._read(name)
+            found = self.get(name)
+            await self._swap(found.record, found.revision, change)
+
     async def _set_fingerprint(self, name: str, vector: str, fingerprint: str) -> None:
         def changed(record: CollectionRecord) -> CollectionRecord | None:
             bound = record.models.get(vector)
@@ -374,10 +432,7 @@ class Catalog:
             }
             return record.model_copy(update={"models": models})
 
-        async with self._lock:
-            await self._read(name)
-            found = self.get(name)
-            await self._swap(found.record, found.revision, changed)
+        await self._change(name, changed)
 
     async def _set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         def changed(record: CollectionRecord) -> CollectionRecord | None:
@@ -389,10 +444,7 @@ class Catalog:
                 schema[field] = params
             return record.model_copy(update={"payload_schema": schema})
 
-        async with self._lock:
-            await self._read(name)
-            found = self.get(name)
-            await self._swap(found.record, found.revision, changed)
+        await self._change(name, changed)
 
     async def _swap(
         self,

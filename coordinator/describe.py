@@ -78,7 +78,7 @@ def _config(collection: Collection) -> models.CollectionConfig:
         wal_config=plain.get("wal_config"),
         quantization_config=sent.get("quantization_config"),
         strict_mode_config=sent.get("strict_mode_config"),
-        metadata=sent.get("metadata"),
+        metadata=request.metadata,
     )
 
 
@@ -143,8 +143,28 @@ def _collection_status(
         "bytes_on_disk": sum(info.bytes_on_disk for info in infos),
         "shards": len(collection.shards),
         "vectors": {
-            name: {"size": to.dim, "distance": to.distance, "multivector": to.multi}
+            name: {
+                "size": to.dim,
+                "distance": to.distance,
+                "multivector": to.multi,
+                "model": None if (bound := collection.model_of(name)) is None else bound.model,
+                "migration": _migration(collection, name),
+            }
             for name, to in collection.fields.dense.items()
         },
         "sparse_vectors": sorted(collection.fields.sparse),
+    }
+
+
+def _migration(collection: Collection, vector: str) -> dict[str, Any] | None:
+    """What is under way, without counting anything."""
+    found = collection.record.migrated.get(vector)
+    if found is None or found.migration is None:
+        return None
+    migration = found.migration
+    return {
+        "phase": migration.phase,
+        "switched": migration.switched,
+        "complete": migration.complete,
+        "other": migration.other.model.model,
     }

@@ -16,9 +16,11 @@ from coordinator.catalog import Collection
 from coordinator.creation import index_params
 from coordinator.describe import describe_collection, describe_status
 from coordinator.freshness import read_wanted
+from coordinator.generations import check_complete, others_declared
 from coordinator.http import Answer, Call
 from coordinator.json_body import validate
 from coordinator.metrics import CONTENT_TYPE
+from coordinator.migrations import UNNAMED
 from coordinator.parse import PointsWrite, check_batch, parse_update_vectors, parse_upsert
 from coordinator.render import (
     render_hits,
@@ -29,7 +31,7 @@ from coordinator.render import (
 )
 from coordinator.requests import AnyWrite, Retrieve
 from coordinator.service import Written
-from shoal.api import models
+from shoal.api import migration, models
 from shoal.api.filter import parse_filter
 from shoal.batch import PointBatch
 from shoal.errors import BadRequest, BodyTooLarge, NotFound, NotSupported
@@ -56,12 +58,23 @@ async def _collection(call: Call) -> Collection:
     return await call.coordinator.catalog.find(call.params["collection_name"])
 
 
+def _seen(call: Call, collection: Collection) -> Collection:
+    """The header `shoal-model` says which model the numbers of a request are of: a vector that is of two
+    at the moment means that one."""
+    declared = call.header(b"shoal-model")
+    if declared is None or not collection.pairs:
+        return collection
+    known = call.coordinator.models()
+    return collection.with_others(others_declared(collection.pairs, declared, known))
+
+
 def _check_model(call: Call, collection: Collection, vectors: Iterable[str]) -> None:
-    """The header `shoal-model` says which model the vectors of a request are of; those that are bound
-    to another one are refused."""
-    if collection.record.models and (declared := call.header(b"shoal-model")) is not None:
-        known = call.coordinator.models()
-        check_declared(collection.record.models, vectors, declared, known)
+    """What is bound to another model than that header says is refused."""
+    declared = call.header(b"shoal-model")
+    if declared is None or not collection.record.models:
+        return
+    bound = {name: model for name in vectors if (model := collection.model_of(name)) is not None}
+    check_declared(bound, bound, declared, call.coordinator.models())
 
 
 def _vectors_of(write: AnyWrite) -> Iterable[str]:
@@ -182,6 +195,44 @@ async def collection_cluster(call: Call) -> bytes:
     return msgspec.json.encode(await call.coordinator.describe_replicas(collection))
 
 
+# -- changing the model of a vector ---------------------------------------------------------------
+async def migrate(call: Call) -> bytes:
+    collection, vector = await _vector(call)
+    request = validate(migration.MigrateRequest, _small(call.body))
+    return render_model(await call.coordinator.migrations.start(collection, vector, request))
+
+
+async def migration_status(call: Call) -> bytes:
+    return render_model(await call.coordinator.migrations.status(*await _vector(call)))
+
+
+async def compare_models(call: Call) -> bytes:
+    collection, vector = await _vector(call)
+    request = validate(migration.CompareRequest, call.body or b"{}")
+    return render_model(await call.coordinator.migrations.compare(collection, vector, request))
+
+
+async def switch_model(call: Call) -> bytes:
+    collection, vector = await _vector(call)
+    request = validate(migration.SwitchRequest, _small(call.body) or b"{}")
+    return render_model(await call.coordinator.migrations.switch(collection, vector, request))
+
+
+async def rollback_model(call: Call) -> bytes:
+    return render_model(await call.coordinator.migrations.rollback(*await _vector(call)))
+
+
+async def drop_model(call: Call) -> bytes:
+    collection, vector = await _vector(call)
+    model = validate(migration.DropRequest, _small(call.body)).model
+    return render_model(await call.coordinator.migrations.drop(collection, vector, model))
+
+
+async def _vector(call: Call) -> tuple[Collection, str]:
+    collection, name = await _collection(call), call.params["vector"]
+    return collection, "" if name == UNNAMED and name not in collection.fields else name
+
+
 async def list_aliases(call: Call) -> bytes:
     if "collection_name" in call.params:
         await _collection(call)
@@ -209,7 +260,11 @@ async def query(call: Call) -> bytes:
     collection = await _collection(call)
     request = requests.parse_query(call.body)
     if request.vector is not None:
-        _check_model(call, collection, (request.using,))
+        seen = _seen(call, collection)
+        _check_model(call, seen, (request.using,))
+        if seen is not collection and request.using in collection.pairs:
+            check_complete(collection.pairs[request.using], request.using)
+        collection = seen
     hits = await call.coordinator.query(collection, request, _fresh(call, collection))
     return render_hits(hits, with_vectors=request.with_vectors is not False)
 
@@ -282,7 +337,7 @@ async def clear_payload(call: Call) -> bytes:
 
 
 async def batch_update(call: Call) -> bytes:
-    collection = await _collection(call)
+    collection = _seen(call, await _collection(call))
     writes = await _parsed(call, requests.parse_operations, collection.fields)
     _check_model(call, collection, [name for write in writes for name in _vectors_of(write)])
     done = await call.coordinator.write_all(collection, writes)
@@ -291,10 +346,11 @@ async def batch_update(call: Call) -> bytes:
 
 async def put_batch(call: Call) -> bytes:
     """A serialized PointBatch: what `shoal import` sends, four times cheaper than JSON."""
-    collection = await _collection(call)
+    collection = _seen(call, await _collection(call))
     points = await _parsed(call, _batch_of, collection.fields)
+    write = PointsWrite(points)
     _check_model(call, collection, points.dense)
-    done = await call.coordinator.write(collection, PointsWrite(points))
+    done = await call.coordinator.write(collection, write)
     return b'{"points":%d,%b' % (len(points), _written(call, done)[1:])
 
 
@@ -307,7 +363,7 @@ def _batch_of(body: bytes, fields: VectorFields) -> PointBatch:
 
 
 async def _write(call: Call, parse: Callable[[bytes, VectorFields], AnyWrite]) -> bytes:
-    collection = await _collection(call)
+    collection = _seen(call, await _collection(call))
     request = await _parsed(call, parse, collection.fields)
     _check_model(call, collection, _vectors_of(request))
     return _written(call, await call.coordinator.write(collection, request))

@@ -23,7 +23,8 @@ from coordinator.freshness import format_token
 from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
 from coordinator.routing import ShardGone
-from coordinator.service import Coordinator, truncated_texts
+from coordinator.service import Coordinator
+from coordinator.texts import truncated_texts
 from shoal.configuration import nearest
 from shoal.errors import (
     BadRequest,

@@ -472,13 +472,13 @@ def check_sparse(name: str, indices: NDArray[Any], values: NDArray[Any]) -> None
 
 # -- small parts ----------------------------------------------------------------------------------
 def document(node: Any) -> tuple[str, str]:
-    """{"text", "model", "options"?} -> text, model."""
+    """{"text", "model"?, "options"?} -> text, model; "" is the model that the vector is bound to."""
     for key in node:
         if key not in ("text", "model", "options"):
             raise _unknown(key, "a text to embed")
     keys = list(node)
     text = node["text"] if "text" in keys else None
-    model = node["model"] if "model" in keys else None
+    model = node["model"] if "model" in keys else ""
     if not isinstance(text, str) or not isinstance(model, str):
         raise BadRequest(
             'Format error in JSON body: a text to embed is {"text": "…", "model": "…"}'

@@ -8,7 +8,7 @@ from __future__ import annotations
 from coordinator import handlers
 from coordinator.embeddings import EmbeddingsRequest, EmbeddingsResult, embeddings
 from coordinator.http import Route
-from shoal.api import models
+from shoal.api import migration, models
 from shoal.api.models import Envelope
 
 __all__ = ["ROUTES", "UNSUPPORTED"]
@@ -98,6 +98,46 @@ _COLLECTIONS = (
     ),
 )  # fmt: skip
 
+_MIGRATED = Envelope[migration.MigrationStatus]
+_M = f"{_C}/vectors/{{vector}}/migrate"
+
+# `-` is the unnamed vector.
+_MIGRATIONS = (
+    Route(
+        "POST", _M, "migrate_vector", handlers.migrate,
+        "Begin to change the model of a vector, or change the rate of it",
+        request=migration.MigrateRequest, result=_MIGRATED, writes=True, options=("timeout",),
+        tag="migration",
+    ),
+    Route(
+        "GET", _M, "migration_status", handlers.migration_status, "How far it is",
+        result=_MIGRATED, options=("timeout",), tag="migration",
+    ),
+    Route(
+        "POST", f"{_M}/compare", "compare_models", handlers.compare_models,
+        "What both models answer to the same queries",
+        request=migration.CompareRequest, result=Envelope[migration.Compared],
+        options=("timeout",), tag="migration",
+    ),
+    Route(
+        "POST", f"{_M}/switch", "switch_model", handlers.switch_model,
+        "From now on search with the new model",
+        request=migration.SwitchRequest, result=_MIGRATED, writes=True, options=("timeout",),
+        tag="migration",
+    ),
+    Route(
+        "POST", f"{_M}/rollback", "rollback_model", handlers.rollback_model,
+        "Search with the old model again",
+        result=_MIGRATED, writes=True, options=("timeout",), tag="migration",
+    ),
+    Route(
+        "POST", f"{_M}/drop", "drop_model", handlers.drop_model,
+        "End it: remove the vectors of the model that is not in use",
+        request=migration.DropRequest, result=_MIGRATED, writes=True, options=("timeout",),
+        tag="migration",
+    ),
+)  # fmt: skip
+
 _READS = (
     Route(
         "POST", f"{_C}/points/query", "query_points", handlers.query, "The best points for a query",
@@ -174,7 +214,7 @@ _WRITES = (
     ),
 )  # fmt: skip
 
-ROUTES: tuple[Route, ...] = (*_SERVER, *_COLLECTIONS, *_READS, *_WRITES)
+ROUTES: tuple[Route, ...] = (*_SERVER, *_COLLECTIONS, *_MIGRATIONS, *_READS, *_WRITES)
 
 
 def _lacking(method: str, path: str) -> Route:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -21,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator import gather
-from coordinator.binding import check_text
 from coordinator.catalog import Catalog, Collection
 from coordinator.cluster import (
     ClusterState,
@@ -29,21 +27,31 @@ from coordinator.cluster import (
     describe_collection_cluster,
     describe_peers,
 )
+from coordinator.copier import Copier
 from coordinator.freshness import ANY_READ, format_token
+from coordinator.generations import (
+    public_points,
+    stored_filter,
+    stored_names,
+    stored_write,
+    updates_of,
+)
+from coordinator.migrations import Migrations, advanced
 from coordinator.parse import (
-    PendingText,
     PointsWrite,
     prepare_points,
     unknown_vector,
     wrong_dimension,
 )
 from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, ScrollQuery
+from coordinator.texts import Texts
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
 from shoal.encoder_api import Embedding, Encoder, ModelInfo
-from shoal.errors import BadRequest, NotFound, NotSupported, ShoalError, must
+from shoal.errors import BadRequest, NotFound, ShoalError, must
 from shoal.ids import PointIds, format_id
 from shoal.metadata.contract import MetadataStore
+from shoal.metadata.leadership import Leadership
 from shoal.metadata.schema import (
     ACTIONS_KEY,
     LEADER_KEY,
@@ -81,12 +89,9 @@ from shoal.storage_api import (
 )
 from shoal.vectors import VectorField, VectorFields, prepare_query
 
-__all__ = ["Coordinator", "Written", "truncated_texts"]
+__all__ = ["Coordinator", "Written"]
 
 T = TypeVar("T")
-
-# Texts of the request at hand that were longer than their model reads; for the answer's header.
-truncated_texts: ContextVar[int] = ContextVar("truncated_texts", default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class Coordinator:
     node_id     its own name in the cluster.
     local_node  the one storage node of a one-machine server, which needs no record; None in a
                 cluster, where collections are placed on the nodes that have registered.
+    leadership  among the coordinators of a cluster: one of them copies for all; see copier.py.
     """
 
     def __init__(
@@ -124,19 +130,34 @@ class Coordinator:
         settings: CoordinatorSettings,
         node_id: str = LOCAL_NODE,
         local_node: str | None = LOCAL_NODE,
+        leadership: Leadership | None = None,
     ) -> None:
         self._store, self._storage = store, storage
         self._node_id, self._local_node = node_id, local_node
         self._encoder = encoder
         self.catalog = Catalog(store, storage, settings, local_node)
+        self._texts = Texts(encoder, self.catalog.set_fingerprint)
         self.catalog.models = self.models
+        self.migrations = Migrations(self.catalog, store, self._texts, self.search, self.count)
+        self._copier = Copier(
+            self.catalog,
+            store,
+            storage,
+            self._texts,
+            node_id=node_id,
+            advance=advanced,
+            leadership=leadership,
+        )
+        self.catalog.on_change = self._copier.wake
 
     async def start(self) -> None:
         """Read the catalog and follow it. The storage node may be started after this."""
         await self.catalog.load()
+        self._copier.start()
 
     async def close(self) -> None:
         """Wait for changes of collections that are under way, and follow the catalog no more."""
+        await self._copier.close()
         await self.catalog.close()
 
     def shard_specs(self) -> list[ShardSpec]:
@@ -146,20 +167,30 @@ class Coordinator:
     async def query(self, collection: Collection, query: Query, read: Read = ANY_READ) -> Hits:
         """The best points, or without a query the first by id (score 0). Raises BadRequest for an
         unknown vector or a wrong dimension, NotFound for a point to start from that is not there."""
+        if query.text is not None:
+            self.migrations.record(collection, query.using, query.text.text)
+        return await self.search(collection, query, read)
+
+    async def search(self, collection: Collection, query: Query, read: Read) -> Hits:
+        """As `query`, and nobody remembers it."""
         if query.vector is None and query.point is None and query.text is None:
             return await self._first_points(collection, query, read)
         to = _searched(collection.fields, query.using)
+        if query.text is not None:
+            collection = self._texts.seen_by(collection, query.using, query.text.model)
+            to = collection.fields.dense[query.using]
+        pairs = collection.pairs
         search = Search(
-            using=query.using,
+            using=pairs[query.using].given.name if query.using in pairs else query.using,
             vector=await self._query_vector(collection, query, to, read),
             limit=query.limit + query.offset,
-            filter=query.filter,
+            filter=stored_filter(query.filter, pairs) if pairs else query.filter,
             exclude=() if query.point is None else (query.point,),
             score_threshold=query.score_threshold,
             exact=query.exact,
             ef=query.ef,
             with_payload=query.with_payload is not False,
-            with_vectors=_known(query.with_vectors, collection.fields),
+            with_vectors=_known(query.with_vectors, collection),
         )
         shards = collection.shards
         if len(shards) == 1:
@@ -173,6 +204,8 @@ class Coordinator:
         if query.offset:
             rows = np.arange(query.offset, max(query.offset, len(hits.scores)))
             hits = Hits(hits.points.take(rows), hits.scores[rows])
+        if pairs:
+            public_points(hits.points, pairs)
         if isinstance(query.with_payload, PayloadSelection):
             _select(hits.points, query.with_payload)
         return hits
@@ -186,7 +219,7 @@ class Coordinator:
                 limit=query.limit + query.offset,
                 filter=query.filter,
                 with_payload=query.with_payload is not False,
-                with_vectors=_known(query.with_vectors, collection.fields),
+                with_vectors=_known(query.with_vectors, collection),
             ),
             read,
         )
@@ -201,10 +234,10 @@ class Coordinator:
         if query.vector is not None:
             raw = query.vector
         elif query.text is not None:
-            texts, model = [query.text.text], query.text.model
-            raw = (await self._embed_for(collection, query.using, texts, model))[0].astype(
-                np.float64
+            embedded = await self._texts.query_vector(
+                collection, query.using, query.text.text, query.text.model
             )
+            raw = embedded.astype(np.float64)
         else:
             must(query.point is not None, "a search without vector, text and point")
             return await self._vector_of(collection, cast(int, query.point), query.using, to, read)
@@ -239,7 +272,7 @@ class Coordinator:
     ) -> PointBatch:
         """The points that exist, in the order asked."""
         with_payload = request.with_payload is not False
-        with_vectors = _known(request.with_vectors, collection.fields)
+        with_vectors = _known(request.with_vectors, collection)
         shards = collection.shards
         if len(shards) == 1:
             points = await self._storage.retrieve(
@@ -255,6 +288,7 @@ class Coordinator:
                 ]
             )
             points = gather.in_request_order(parts, request.ids) if parts else _no_points()
+        public_points(points, collection.pairs)
         if isinstance(request.with_payload, PayloadSelection):
             _select(points, request.with_payload)
         return points
@@ -270,7 +304,7 @@ class Coordinator:
                 start=request.start,
                 filter=request.filter,
                 with_payload=request.with_payload is not False,
-                with_vectors=_known(request.with_vectors, collection.fields),
+                with_vectors=_known(request.with_vectors, collection),
             ),
             read,
         )
@@ -284,16 +318,19 @@ class Coordinator:
 
     async def _scroll(self, collection: Collection, scroll: Scroll, read: Read) -> PointBatch:
         shards = collection.shards
+        scroll.filter = stored_filter(scroll.filter, collection.pairs)
         if len(shards) == 1:
-            return await self._storage.scroll(shards[0], scroll, read)
-        parts = await _all([self._storage.scroll(shard, scroll, read) for shard in shards])
-        return gather.first_by_id(parts, scroll.limit)
+            points = await self._storage.scroll(shards[0], scroll, read)
+        else:
+            parts = await _all([self._storage.scroll(shard, scroll, read) for shard in shards])
+            points = gather.first_by_id(parts, scroll.limit)
+        return public_points(points, collection.pairs)
 
     async def count(
         self, collection: Collection, filter: Filter | None, read: Read = ANY_READ
     ) -> int:
-        shards = collection.shards
-        return sum(await _all([self._storage.count(shard, filter, read) for shard in shards]))
+        shards, wanted = collection.shards, stored_filter(filter, collection.pairs)
+        return sum(await _all([self._storage.count(shard, wanted, read) for shard in shards]))
 
     async def infos(self, collection: Collection) -> list[ShardInfo]:
         return await _all([self._storage.info(shard) for shard in collection.shards])
@@ -302,35 +339,46 @@ class Coordinator:
     async def write(self, collection: Collection, request: AnyWrite) -> Written:
         """Apply one write; durable and visible when this returns. Raises NotFound when a selected
         point does not exist, after everything else was applied."""
-        return await self.apply(collection, await self.prepare(collection, request))
+        return (await self.write_all(collection, [request]))[0]
 
     async def write_all(
         self, collection: Collection, requests: Sequence[AnyWrite]
     ) -> list[Written]:
         """Apply writes in order. All are prepared before the first is applied. The error of a later
         one says that earlier ones have happened."""
-        writes = [await self.prepare(collection, request) for request in requests]
+        prepared = [await self.prepare(collection, request) for request in requests]
         done: list[Written] = []
-        for write in writes:
+        for writes in prepared:
+            applied: dict[ShardKey, int] = {}
             try:
-                done.append(await self.apply(collection, write))
+                for write in writes:
+                    applied |= (await self.apply(collection, write)).sequences
             except ShoalError as error:
-                if done:
+                if done or applied:
                     error.maybe_applied = True
-                    error.message += f" {len(done)} of {len(writes)} operations have been applied."
+                    error.message += (
+                        f" {len(done)} of {len(prepared)} operations have been applied."
+                    )
                 raise
+            done.append(Written(applied))
         return done
 
-    async def prepare(self, collection: Collection, request: AnyWrite) -> Write:
-        """Embed texts and normalise vectors: after this nothing of the request can be wrong."""
+    async def prepare(self, collection: Collection, request: AnyWrite) -> list[Write]:
+        """Embed texts and normalise vectors: after this nothing of the request can be wrong. Nearly
+        always one write; see coordinator/generations.py, `updates_of`."""
+        pairs = collection.pairs
         if not isinstance(request, PointsWrite):
-            return request
+            return [stored_write(request, pairs) if pairs else request]
         if request.texts:
-            await self._embed_into(collection, request.points, request.texts)
+            await self._texts.fill(collection, request)
         prepare_points(request.points, collection.fields)
-        if request.vectors_only:
-            return UpdateVectors(request.points, request.update_filter)
-        return Upsert(request.points, request.update_filter, request.mode)
+        if pairs:
+            await self._texts.add_second(collection, request)
+            request.update_filter = stored_filter(request.update_filter, pairs)
+        if not request.vectors_only:
+            return [Upsert(request.points, request.update_filter, request.mode)]
+        update = UpdateVectors(request.points, request.update_filter)
+        return [*updates_of(update, pairs)] if pairs else [update]
 
     async def apply(self, collection: Collection, write: Write) -> Written:
         parts = _split_write(write, collection.shards)
@@ -401,58 +449,14 @@ class Coordinator:
         return describe_collection_cluster(collection, state, dict(zip(here, infos, strict=True)))
 
     # -- texts ------------------------------------------------------------------------------------
-    async def embed(self, texts: Sequence[str], model: str) -> NDArray[np.float32]:
-        """(n, dim) float32, rows of length 1. Raises NotSupported when there is no encoder."""
-        return (await self.encode(texts, model)).vectors
-
     async def encode(
         self, texts: Sequence[str], model: str, fingerprint: str | None = None
     ) -> Embedding:
-        """As `embed`, with what was read of each text. fingerprint: of the only weights to use."""
-        if self._encoder is None:
-            raise NotSupported(
-                "Wrong input: this server has no encoder, so texts cannot become vectors: send "
-                "vectors, or start it with the encoder"
-            )
-        embedded = await self._encoder.encode(texts, model, fingerprint)
-        truncated = int(embedded.truncated.sum())
-        if truncated:
-            truncated_texts.set(truncated_texts.get() + truncated)
-        return embedded
+        """Texts of no collection. Raises NotSupported when there is no encoder."""
+        return await self._texts.encode(texts, model, fingerprint)
 
     def models(self) -> list[ModelInfo]:
-        return [] if self._encoder is None else self._encoder.models()
-
-    async def _embed_for(
-        self, collection: Collection, vector: str, texts: Sequence[str], model: str
-    ) -> NDArray[np.float32]:
-        """Texts that become that vector. Raises BadRequest when it is bound to another model, or to
-        other weights."""
-        bound = collection.record.models.get(vector)
-        if bound is None:
-            return (await self.encode(texts, model)).vectors
-        check_text(bound, vector, model, self.models())
-        embedded = await self.encode(texts, model, bound.fingerprint)
-        if bound.fingerprint is None and embedded.fingerprint is not None:
-            await self.catalog.set_fingerprint(collection.name, vector, embedded.fingerprint)
-        return embedded.vectors
-
-    async def _embed_into(
-        self, collection: Collection, points: PointBatch, texts: Sequence[PendingText]
-    ) -> None:
-        """Fill in the rows that wait for a text, one call per model and vector."""
-        for model, name in sorted({(text.model, text.name) for text in texts}):
-            waiting = [text for text in texts if (text.model, text.name) == (model, name)]
-            given = [text.text for text in waiting]
-            vectors = await self._embed_for(collection, name, given, model)
-            to = collection.fields.dense[name]
-            for text, vector in zip(waiting, vectors, strict=True):
-                if len(vector) != to.dim:
-                    raise BadRequest(
-                        f"Wrong input: Vector dimension error: expected dim: {to.dim}, got "
-                        f"{len(vector)}: the model {model} does not fit the vector '{text.name}'"
-                    )
-                points.dense[text.name].values[text.row] = vector
+        return self._texts.models()
 
 
 def _searched(fields: VectorFields, using: str) -> VectorField:
@@ -473,11 +477,11 @@ def _searched(fields: VectorFields, using: str) -> VectorField:
     return to
 
 
-def _known(wanted: bool | tuple[str, ...], fields: VectorFields) -> bool | tuple[str, ...]:
-    """Names that the collection does not have select nothing."""
-    if isinstance(wanted, bool):
-        return wanted
-    return tuple(name for name in wanted if name in fields) or False
+def _known(wanted: bool | tuple[str, ...], collection: Collection) -> bool | tuple[str, ...]:
+    """As shards know them. Names that the collection does not have select nothing."""
+    if not isinstance(wanted, bool):
+        wanted = tuple(name for name in wanted if name in collection.fields) or False
+    return stored_names(wanted, collection.fields, collection.pairs) if collection.pairs else wanted
 
 
 def _select(points: PointBatch, selection: PayloadSelection) -> None:

@@ -111,6 +111,17 @@ INDEX_JOB_FAILURES_MAX = 3  # then the replicas build for themselves
 INDEX_JOB_WAIT_S = 5.0  # without any index node before replicas build for themselves
 INDEX_ARTIFACT_KEEP_S = 600.0  # an index node keeps what it built so long for replicas to fetch
 
+# -- changing the model of a collection -----------------------------------------------------------
+SECOND_TEXTS_MAX = (
+    64  # of payloads, that one write embeds for the other model; more are copied later
+)
+COPY_POINTS = 64  # that the background copy embeds and writes at once
+COPY_PAUSE_S_MIN, COPY_PAUSE_S_MAX = 1.0, 30.0  # between two looks while there is nothing to copy
+PROGRESS_S = 2.0  # how often a copy says in the metadata store how far it is
+DROP_GRACE_S = 10.0  # requests that began before a drop may still read the vectors for so long
+RECORDED_QUERIES_MAX = 256  # texts that a coordinator remembers of a vector that is being changed
+COMPARED_QUERIES_MAX = 1_000  # of one comparison: each is embedded and searched twice
+
 # -- the encoder ----------------------------------------------------------------------------------
 ENCODER_BATCH_TOKENS_MAX = 2_048  # of one forward pass, padding included: what a query waits for
 ENCODER_QUEUE_TOKENS_MAX = 262_144  # that wait for one group: about a minute of a small one's work

@@ -180,13 +180,19 @@ function preferredCollection() {
   return (withText ?? status.collections[0])?.name ?? "";
 }
 
-// The vector that a question in words can search: one as long as the vectors of a model here.
+// The vector that a question in words can search: one that is bound to a model, or as long as the
+// vectors of a model here. `asks` is what a question names: nothing where the vector knows its model,
+// which may be changed at any time.
 function targetOf(collection, metadata) {
   for (const [name, vector] of Object.entries(collection?.vectors ?? {})) {
     if (vector.multivector) continue;
     const fitting = status.models.filter((model) => model.dim === vector.size);
+    if (vector.model) {
+      if (!fitting.some((each) => each.name === vector.model)) continue;
+      return { using: name, distance: vector.distance, model: vector.model, asks: "" };
+    }
     const model = fitting.find((each) => each.name === metadata.text_model) ?? fitting[0];
-    if (model) return { using: name, distance: vector.distance, model: model.name };
+    if (model) return { using: name, distance: vector.distance, model: model.name, asks: model.name };
   }
   return null;
 }
@@ -258,6 +264,13 @@ function showCollections() {
   $("chooser").hidden = !names.length;
 }
 
+function migrationText({ model, migration }) {
+  const short = (name) => name.split("/").pop();
+  if (migration.phase === "dropping") return `${short(model)}; ${short(migration.other)} is being removed`;
+  if (migration.switched) return `${short(model)}; ${short(migration.other)} kept for a rollback`;
+  return `${short(model)}, being changed to ${short(migration.other)}`;
+}
+
 const HEALTH = { green: "settled", yellow: "working", red: "in trouble" };
 
 function showHealth(state, text) {
@@ -270,6 +283,7 @@ function showState() {
   const current = collectionStatus();
   const state = current?.status ?? status.state;
   showHealth(state, HEALTH[state] ?? state);
+  if (target && current?.vectors[target.using]) target.model = current.vectors[target.using].model ?? target.model;
   const model = status.models.find((each) => each.name === target?.model);
   const lines = [];
   if (current) {
@@ -283,6 +297,9 @@ function showState() {
       ["Shards", count(current.shards)],
       ["Vectors", [...vectors, ...current.sparse_vectors.map((name) => `${name} sparse`)].join(", ") || "none"],
       ["On disk", bytes(current.bytes_on_disk)],
+      ...Object.entries(current.vectors)
+        .filter(([, vector]) => vector.migration)
+        .map(([name, vector]) => [name ? `Model of ${name}` : "Model", migrationText(vector)]),
     );
   }
   if (status.disk) lines.push(["Disk free", bytes(status.disk.free_bytes)]);
@@ -520,7 +537,7 @@ function request(asking) {
       : { should: any.map((value) => ({ key: facets.key, match: { value } })) };
   }
   if (!asking) return [pathOf(view.collection, "/points/scroll"), body];
-  body.query = { text: view.question, model: target.model };
+  body.query = { text: view.question, model: target.asks };
   if (target.using) body.using = target.using;
   return [pathOf(view.collection, "/points/query"), body];
 }

@@ -311,10 +311,11 @@ class SparseVector(Strict):
 
 
 class Document(Strict):
-    """Text in place of a vector: the server's encoder turns it into one."""
+    """Text in place of a vector: the server's encoder turns it into one. model: may be left out, or
+    empty, for a vector that is bound to one."""
 
     text: str
-    model: str
+    model: str = ""
     options: JsonValue = None
 
 

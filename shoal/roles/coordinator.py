@@ -14,7 +14,9 @@ from monitor.service import Monitor
 from shoal.encoder_choice import EitherEncoder
 from shoal.errors import ShoalError, StartupError
 from shoal.front import make_encoder, serve_front
-from shoal.metadata.schema import NodeRole
+from shoal.metadata.leadership import Leadership
+from shoal.metadata.schema import MIGRATIONS_LEADER_KEY, NodeRole
+from shoal.metadata.session import Session
 from shoal.roles.process import (
     RoleProcess,
     address,
@@ -49,6 +51,7 @@ async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socke
     router = Router(process.store, process.nodes, settings=waits)
     await patiently(router.start)
     stack.push_async_callback(router.close)
+    session: Session | None = None  # when others may know that we are there
     service = Coordinator(
         store=process.store,
         storage=router,
@@ -56,6 +59,13 @@ async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socke
         settings=settings,
         node_id=process.node_id,
         local_node=None,
+        leadership=Leadership(
+            process.store,
+            MIGRATIONS_LEADER_KEY,
+            node_id=process.node_id,
+            incarnation=process.incarnation,
+            lease=lambda: None if session is None else session.lease,
+        ),
     )
     await patiently(service.start)
     stack.push_async_callback(service.close)
@@ -67,8 +77,9 @@ async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socke
     host = advertised_host(settings, settings.http_host)
 
     async def tell(grpc: int) -> None:
+        nonlocal session
         try:
-            await process.register(grpc=grpc, http=address(host, port))
+            session = await process.register(grpc=grpc, http=address(host, port))
             process.announce(grpc=grpc, http=address(settings.http_host, port))
         except ShoalError as error:
             process.stop.fail(StartupError(error.message))

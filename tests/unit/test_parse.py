@@ -151,7 +151,7 @@ def test_update_mode_filter_and_vectors_only() -> None:
         ({"vector": [1, 2, 3, 4], "payload": [1]}, "payload must be an object"),
         ({"vector": [1, 2, 3, 4], "color": 1}, "unknown field `color`"),
         ({"vector": {"image": "x", "model": "m"}}, "`image` is not supported"),
-        ({"vector": {"text": "x"}}, '{"text": "…", "model": "…"}'),
+        ({"vector": {"text": "x", "model": 1}}, '{"text": "…", "model": "…"}'),
     ],
 )
 def test_a_wrong_point_is_refused_by_name(point: dict[str, Any], says: str) -> None:

@@ -1,0 +1,368 @@
+"""The background half of a migration: tell the shards, make the vectors that are missing, clean up.
+
+    preparing   AlterVectors(add) to every shard ─▶ record: copying
+    copying     each shard: points that have one vector and lack the other ─▶ their text ─▶ encoder
+                ─▶ UpdateVectors(if_versions), again and again until the migration ends
+    dropping    a moment for requests under way ─▶ AlterVectors(drop) ─▶ record: over
+
+One coordinator of a cluster does it for all (MIGRATIONS_LEADER_KEY). Nothing depends on its being the
+only one: every step may be done twice, and a point that a client has changed since it was read is left
+for the next look, by its version. After a switch the copy looks both ways: a coordinator that heard of
+the migration late may have written one vector only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from coordinator.catalog import Catalog, Collection
+from coordinator.generations import Pair, Stored, text_of
+from coordinator.texts import Texts, second_block
+from shoal import limits
+from shoal.api.filter import Filter, parse_filter
+from shoal.batch import PointBatch
+from shoal.errors import Busy, NotFound, ShoalError
+from shoal.metadata.contract import MetadataStore
+from shoal.metadata.leadership import Leadership
+from shoal.metadata.schema import (
+    CollectionRecord,
+    Migration,
+    MigrationPhase,
+    MigrationProgress,
+    migration_key,
+    named_vectors,
+    stored_name,
+    vector_spec,
+)
+from shoal.storage_api import AlterVectors, Read, Scroll, ShardKey, Storage, UpdateVectors
+from shoal.telemetry import logger
+
+__all__ = ["Advance", "Copier", "missing"]
+
+_LOOK_S = 1.0  # between two looks at who leads
+_BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.5, 30.0
+
+_log = logger("migration")
+
+# How a record goes on: (record, collection, vector, phase or None for the end) -> record.
+Advance = Callable[[CollectionRecord, Collection, str, MigrationPhase | None], CollectionRecord]
+
+
+def missing(have: Stored, lack: Stored) -> Filter:
+    """Points that have the one vector and not the other, by stored names."""
+    return parse_filter(
+        {"must": [{"has_vector": have.name}], "must_not": [{"has_vector": lack.name}]}
+    )
+
+
+@dataclass(slots=True)
+class _Progress:
+    copied: int = 0
+    without_text: int = 0
+    error: str = ""
+    window_began: float = 0.0
+    window_copied: int = 0
+    rate: float = 0.0
+    told_at: float = float("-inf")
+    told: tuple[int, int, str] = (-1, -1, "")
+
+
+class Copier:
+    """Of one coordinator; works while `leadership` is ours, or always where it is None.
+
+    advance  coordinator/migrations.py, `advanced`.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: MetadataStore,
+        storage: Storage,
+        texts: Texts,
+        *,
+        node_id: str,
+        advance: Advance,
+        leadership: Leadership | None,
+    ) -> None:
+        self._catalog, self._store, self._storage, self._texts = catalog, store, storage, texts
+        self._node_id, self._advance = node_id, advance
+        self._leadership = leadership
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._under_way: dict[tuple[int, str], asyncio.Task[None]] = {}
+        self._carrying: dict[tuple[int, str], _Carrying] = {}
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="migrations")
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        await self._stop_all()
+        if self._leadership is not None:
+            await self._leadership.resign()
+
+    def wake(self) -> None:
+        """A record has changed."""
+        self._changed.set()
+        for work in self._carrying.values():
+            work.changed.set()
+
+    # -- who does what ----------------------------------------------------------------------------
+    async def _run(self) -> None:
+        while True:
+            wanted = {
+                (collection.record.id, vector): collection.name
+                for collection in self._catalog.collections()
+                for vector, migrated in collection.record.migrated.items()
+                if migrated.migration is not None
+            }
+            if wanted and not await self._ours():
+                await self._stop_all()
+            elif wanted:
+                for key, name in wanted.items():
+                    if key not in self._under_way or self._under_way[key].done():
+                        self._under_way[key] = asyncio.create_task(self._carry(name, *key))
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S if wanted else None):
+                    await self._changed.wait()
+
+    async def _ours(self) -> bool:
+        if self._leadership is None:
+            return True
+        try:
+            return await self._leadership.campaign()
+        except ShoalError as error:
+            _log.warning("migrations_without_leader", why=error.message)
+            return False
+
+    async def _stop_all(self) -> None:
+        tasks, self._under_way = list(self._under_way.values()), {}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _carry(self, name: str, collection_id: int, vector: str) -> None:
+        """One migration to its end, whatever fails on the way."""
+        work = self._carrying[collection_id, vector] = _Carrying(self, name, collection_id, vector)
+        try:
+            await self._carry_on(work, name, vector)
+        finally:
+            if self._carrying.get((collection_id, vector)) is work:
+                del self._carrying[collection_id, vector]
+
+    async def _carry_on(self, work: _Carrying, name: str, vector: str) -> None:
+        backoff_s = _BACKOFF_S_MIN
+        while True:
+            try:
+                if not await work.step():
+                    return
+                backoff_s = _BACKOFF_S_MIN
+            except NotFound:
+                return  # the collection, or the migration
+            except ShoalError as error:
+                pause_s = error.retry_after_s if isinstance(error, Busy) else backoff_s
+                _log.warning("migration_waits", collection=name, vector=vector, why=error.message)
+                await work.tell(error.message)
+                await asyncio.sleep(pause_s)
+                backoff_s = min(2 * backoff_s, _BACKOFF_S_MAX)
+            except Exception as error:
+                _log.error("migration_failed", collection=name, vector=vector, error=error)
+                await work.tell(f"a bug in Shoal, written to the log of {self._node_id}: {error}")
+                await asyncio.sleep(_BACKOFF_S_MAX)
+
+
+class _Carrying:
+    """What one migration is at."""
+
+    def __init__(self, copier: Copier, name: str, collection_id: int, vector: str) -> None:
+        self._copier, self._name, self._id, self._vector = copier, name, collection_id, vector
+        self._catalog, self._storage = copier._catalog, copier._storage
+        self._progress = _Progress()
+        self._pause_s = limits.COPY_PAUSE_S_MIN
+        self._free_at = 0.0  # when the rate allows the next points
+        self.changed = asyncio.Event()  # some record
+
+    def _now(self) -> tuple[Collection, Migration]:
+        """Raises NotFound when the collection or the migration is over."""
+        collection = self._catalog.get(self._name)
+        found = collection.record.migrated.get(self._vector)
+        if collection.record.id != self._id or found is None or found.migration is None:
+            raise NotFound(f"Not found: the migration of {self._name}/{self._vector} is over")
+        return collection, found.migration
+
+    async def step(self) -> bool:
+        """One phase, or one look at all points. False when there is nothing more to do."""
+        collection, migration = self._now()
+        match migration.phase:
+            case MigrationPhase.PREPARING:
+                await self._prepare(collection, migration)
+            case MigrationPhase.COPYING:
+                await self._copy_all(collection)
+            case MigrationPhase.DROPPING:
+                await self._drop(collection, migration)
+                return False
+        return True
+
+    async def _prepare(self, collection: Collection, migration: Migration) -> None:
+        request = collection.record.request()
+        as_created = named_vectors(request)[self._vector]
+        params = as_created.model_copy(update={"size": migration.other.size})
+        name = stored_name(self._vector, migration.other.number)
+        await self._alter(collection, AlterVectors(add={name: vector_spec(params, request)}))
+        await self._go_on(collection, MigrationPhase.COPYING)
+
+    async def _drop(self, collection: Collection, migration: Migration) -> None:
+        # Requests that began before may still read what is dropped, and so may coordinators that
+        # have not heard of it yet.
+        await asyncio.sleep(limits.DROP_GRACE_S)
+        name = stored_name(self._vector, migration.other.number)
+        await self._alter(collection, AlterVectors(drop=(name,)))
+        await self._go_on(collection, None)
+        key = migration_key(self._id, self._vector)
+        await self._copier._store.txn([], {}, [key])
+
+    async def _alter(self, collection: Collection, alter: AlterVectors) -> None:
+        for shard in collection.shards:
+            await self._storage.write(shard, alter)
+
+    async def _go_on(self, collection: Collection, phase: MigrationPhase | None) -> None:
+        def change(record: CollectionRecord) -> CollectionRecord:
+            return self._copier._advance(record, collection, self._vector, phase)
+
+        await self._catalog.change(self._name, change)
+        _log.info("migration", collection=self._name, vector=self._vector, phase=phase or "over")
+
+    # -- copying ----------------------------------------------------------------------------------
+    async def _copy_all(self, collection: Collection) -> None:
+        """Every shard once, then a pause that grows while there is nothing to do."""
+        before, skipped = self._progress.copied, 0
+        for shard in collection.shards:
+            async for without_text in self._copy_shard(shard):
+                skipped += without_text
+                await self.tell()
+        self._progress.without_text, self._progress.error = skipped, ""
+        if self._progress.copied > before:
+            self._pause_s = limits.COPY_PAUSE_S_MIN
+        await self.tell()
+        await self._pause()
+
+    async def _pause(self) -> None:
+        """Not when a record changes: a switch makes the copy look the other way, too."""
+        await self._wait(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, limits.COPY_PAUSE_S_MAX)
+
+    async def _wait(self, seconds: float | None) -> None:
+        """So long, or until a record has changed."""
+        self.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.changed.wait()
+
+    async def _copy_shard(self, shard: ShardKey) -> AsyncIterator[int]:
+        """Gives after each batch how many of its points have no text."""
+        for backwards in (False, True):
+            start: int | None = 0
+            while start is not None:
+                pair = self._pair()
+                if pair is None or pair.second is None or (backwards and not pair.complete):
+                    break
+                if backwards:
+                    pair = pair.exchanged()
+                points = await self._lacking(shard, pair, start)
+                if not len(points):
+                    break
+                start = points.ids.key(len(points) - 1) + 1
+                yield len(points) - await self._copy(shard, points, pair)
+
+    def _pair(self) -> Pair | None:
+        collection, _ = self._now()
+        return collection.pairs.get(self._vector)
+
+    async def _lacking(self, shard: ShardKey, pair: Pair, start: int) -> PointBatch:
+        assert pair.second is not None
+        wanted = Scroll(
+            limit=limits.COPY_POINTS,
+            start=start,
+            filter=missing(pair.given, pair.second),
+            with_payload=True,
+        )
+        return await self._storage.scroll(shard, wanted, Read(strong=True))
+
+    async def _copy(self, shard: ShardKey, points: PointBatch, pair: Pair) -> int:
+        """Make the second vector of these points. Returns how many had a text."""
+        to = pair.second
+        assert to is not None
+        assert points.versions is not None
+        texts = [text_of(points.payload_of(row), pair.text_field) for row in range(len(points))]
+        rows = np.array([row for row, text in enumerate(texts) if text is not None], np.int64)
+        if not len(rows):
+            return 0
+        if not await self._turn(len(rows)):
+            return len(rows)
+        embedded = await self._copier._texts.encode(
+            [text for text in texts if text is not None], to.model.model, to.model.fingerprint
+        )
+        batch = PointBatch(points.ids.take(rows))
+        batch.dense[to.name] = second_block(len(rows), list(range(len(rows))), embedded.vectors, to)
+        write = UpdateVectors(batch, if_versions=points.versions[rows])
+        await self._storage.write(shard, write)
+        self._progress.copied += len(rows)
+        return len(rows)
+
+    async def _turn(self, count: int) -> bool:
+        """Wait until the rate budget, as it is by then, has room for so many points. False when there
+        is nothing to copy any more."""
+        loop = asyncio.get_running_loop()
+        while True:
+            _, migration = self._now()
+            rate, now = migration.points_per_second, loop.time()
+            if migration.phase is not MigrationPhase.COPYING:
+                return False
+            if rate is None:
+                return True
+            if rate > 0 and now >= self._free_at:
+                self._free_at = max(now, self._free_at) + count / rate
+                return True
+            await self.tell()
+            await self._wait(None if rate <= 0 else self._free_at - now)
+
+    # -- telling ----------------------------------------------------------------------------------
+    async def tell(self, error: str | None = None) -> None:
+        """Say how far it is, in the metadata store, now and then, and at once what is wrong."""
+        progress, now = self._progress, asyncio.get_running_loop().time()
+        if error is not None:
+            progress.error = error
+        told = (progress.copied, progress.without_text, progress.error)
+        if told == progress.told or (
+            now - progress.told_at < limits.PROGRESS_S and progress.error == progress.told[2]
+        ):
+            return
+        if progress.window_began:
+            passed = max(now - progress.window_began, 1e-3)
+            progress.rate = (progress.copied - progress.window_copied) / passed
+        progress.window_began, progress.window_copied = now, progress.copied
+        progress.told_at, progress.told = now, told
+        record = MigrationProgress(
+            node=self._copier._node_id,
+            at=datetime.now(UTC),
+            copied=progress.copied,
+            without_text=progress.without_text,
+            points_per_second=progress.rate,
+            error=progress.error,
+        )
+        key = migration_key(self._id, self._vector)
+        try:
+            await self._copier._store.txn([], {key: record.to_bytes()})
+        except ShoalError as refused:  # it is for people only
+            _log.warning("progress_not_told", why=refused.message)

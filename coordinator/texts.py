@@ -1,0 +1,238 @@
+"""Texts that stand for vectors: which model they are for, and their embedding, in queries and writes.
+
+    write ── texts? ──▶ vectors of the given model ──▶ a second generation? vectors of the other, too
+
+The second is best effort: what cannot be embedded now is left out, and the background copy of the
+migration (coordinator/migration.py) brings it. Only the generation that the vector's name means may
+not be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.binding import check_text
+from coordinator.catalog import Collection
+from coordinator.generations import Pair, Stored, for_text, texts_for_second
+from coordinator.parse import PendingText, PointsWrite
+from shoal.batch import DenseBlock, PointBatch
+from shoal.encoder_api import Embedding, Encoder, ModelInfo
+from shoal.errors import BadRequest, NotSupported, ShoalError
+from shoal.ids import format_id
+from shoal.limits import SECOND_TEXTS_MAX
+from shoal.telemetry import logger
+from shoal.vectors import prepare_rows
+
+__all__ = ["Texts", "second_block", "truncated_texts"]
+
+_log = logger("texts")
+
+# Texts of the request at hand that were longer than their model reads; for the answer's header.
+truncated_texts: ContextVar[int] = ContextVar("truncated_texts", default=0)
+
+
+class Texts:
+    """The encoder, as requests to collections use it.
+
+    first_seen  told a collection, a vector and the fingerprint of the first weights that made one.
+    """
+
+    def __init__(
+        self, encoder: Encoder | None, first_seen: Callable[[str, str, str], Awaitable[None]]
+    ) -> None:
+        self._encoder = encoder
+        self._first_seen = first_seen
+
+    def models(self) -> list[ModelInfo]:
+        return [] if self._encoder is None else self._encoder.models()
+
+    async def encode(
+        self, texts: Sequence[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
+        """(n, dim) vectors of length 1, and what was read of each text. fingerprint: of the only
+        weights to use. Raises NotSupported when there is no encoder."""
+        embedded = await self._there().encode(texts, model, fingerprint)
+        truncated = int(embedded.truncated.sum())
+        if truncated:
+            truncated_texts.set(truncated_texts.get() + truncated)
+        return embedded
+
+    async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:
+        """Load the model, if need be, and say what it is. Errors as of `encode`."""
+        return await self._there().prepare(model, fingerprint)
+
+    def _there(self) -> Encoder:
+        if self._encoder is None:
+            raise NotSupported(
+                "Wrong input: this server has no encoder, so texts cannot become vectors: send "
+                "vectors, or start it with the encoder"
+            )
+        return self._encoder
+
+    # -- queries ----------------------------------------------------------------------------------
+    def seen_by(self, collection: Collection, vector: str, model: str) -> Collection:
+        """The collection in which `vector` means the generation that a query text for `model` asks
+        for. Raises BadRequest when the vector is of another model."""
+        pair = collection.pairs.get(vector)
+        if pair is not None:
+            second = for_text(pair, vector, model, self.models(), reading=True)
+            return collection.with_others([vector] if second else [])
+        bound = collection.record.models.get(vector)
+        if bound is None and not model:
+            raise _no_model(vector)
+        if model:
+            check_text(bound, vector, model, self.models())
+        return collection
+
+    async def query_vector(
+        self, collection: Collection, vector: str, text: str, model: str
+    ) -> NDArray[np.float32]:
+        """(dim,) to search with, of the model that `seen_by` decided on."""
+        embedded: NDArray[np.float32] = (await self._embed(collection, vector, [text], model))[0]
+        return embedded
+
+    async def _embed(
+        self, collection: Collection, vector: str, texts: Sequence[str], model: str
+    ) -> NDArray[np.float32]:
+        """By the model that the vector is bound to, or `model` if it is not."""
+        bound = collection.model_of(vector)
+        if bound is None:
+            return (await self.encode(texts, model)).vectors
+        embedded = await self.encode(texts, bound.model, bound.fingerprint)
+        if bound.fingerprint is None and embedded.fingerprint is not None:
+            await self._first_seen(collection.name, vector, embedded.fingerprint)
+        return embedded.vectors
+
+    # -- writes -----------------------------------------------------------------------------------
+    async def fill(self, collection: Collection, write: PointsWrite) -> None:
+        """Put vectors into the rows that wait for a text, one call per model and vector. Raises
+        BadRequest for a text of a model that the vector is not of."""
+        for model, name in sorted({(text.model, text.name) for text in write.texts}):
+            waiting = [text for text in write.texts if (text.model, text.name) == (model, name)]
+            pair = collection.pairs.get(name)
+            if pair is None:
+                self.seen_by(collection, name, model)
+            else:
+                for_text(pair, name, model, self.models(), reading=False)
+            given = [text.text for text in waiting]
+            try:
+                vectors = await self._embed(collection, name, given, model)
+            except ShoalError as error:
+                if (
+                    pair is None
+                    or pair.given.number == pair.current
+                    or isinstance(error, BadRequest)
+                ):
+                    raise
+                _left_out(collection, pair.given, error)
+                _take_out(write.points.dense[name], [text.row for text in waiting])
+                continue
+            _put(write.points.dense[name], collection, waiting, vectors)
+
+    async def add_second(self, collection: Collection, write: PointsWrite) -> None:
+        """Give the blocks of migrated vectors their stored names and add those of the second
+        generations."""
+        points = write.points
+        for name, pair in collection.pairs.items():
+            if name not in points.dense:
+                continue
+            second = pair.second
+            added = None if second is None else await self._second(collection, write, name, pair)
+            points.dense[pair.given.name] = points.dense.pop(name)
+            if second is not None and added is not None:
+                points.dense[second.name] = added
+
+    async def _second(
+        self, collection: Collection, write: PointsWrite, name: str, pair: Pair
+    ) -> DenseBlock | None:
+        second = pair.second
+        assert second is not None
+        points, needed = write.points, second.number == pair.current
+        limit = len(points) if needed else SECOND_TEXTS_MAX
+        chosen = texts_for_second(points, name, pair, write.texts, limit=limit)
+        if needed:
+            _check_all(points, name, pair, chosen)
+        if not chosen:
+            return None
+        try:
+            texts = list(chosen.values())
+            vectors = (
+                await self.encode(texts, second.model.model, second.model.fingerprint)
+            ).vectors
+        except ShoalError as error:
+            if needed:
+                raise
+            _left_out(collection, second, error)
+            return None
+        return second_block(len(points), list(chosen), vectors, second)
+
+
+def second_block(
+    count: int, rows: Sequence[int], vectors: NDArray[np.float32], to: Stored
+) -> DenseBlock:
+    """Vectors of a model, in the stored form, as those of some rows of a batch of `count`."""
+    values = np.zeros((count, to.field.dim), np.float32)
+    values[rows] = vectors
+    prepare_rows(values, to.field)
+    present = np.zeros(count, np.bool_)
+    present[rows] = True
+    return DenseBlock(values, None if present.all() else present)
+
+
+def _put(
+    block: DenseBlock,
+    collection: Collection,
+    waiting: Sequence[PendingText],
+    vectors: NDArray[np.float32],
+) -> None:
+    to = collection.fields.dense[waiting[0].name]
+    for text, vector in zip(waiting, vectors, strict=True):
+        if len(vector) != to.dim:
+            raise BadRequest(
+                f"Wrong input: Vector dimension error: expected dim: {to.dim}, got {len(vector)}: the "
+                f"model {text.model} does not fit the vector '{text.name}'"
+            )
+        block.values[text.row] = vector
+
+
+def _take_out(block: DenseBlock, rows: Sequence[int]) -> None:
+    present = (
+        np.ones(len(block.values), np.bool_) if block.present is None else block.present.copy()
+    )
+    present[list(rows)] = False
+    block.present = present
+
+
+def _check_all(points: PointBatch, name: str, pair: Pair, chosen: dict[int, str]) -> None:
+    """Raises BadRequest for a point that would be left without the vector that is searched."""
+    block, second = points.dense[name], pair.second
+    assert second is not None
+    for row in range(len(points)):
+        if row in chosen or not (block.present is None or block.present[row]):
+            continue
+        raise BadRequest(
+            f"Wrong input: the vector '{name}' is of the model {second.model.model} by now, and this "
+            f"one is of {pair.given.model.model}; it could be made of the text at "
+            f"`{pair.text_field}`, but there is none: send a vector of {second.model.model} (point "
+            f"{row}, id {format_id(points.ids.key(row))})"
+        )
+
+
+def _left_out(collection: Collection, generation: Stored, error: ShoalError) -> None:
+    _log.warning(
+        "second_vector_left_out",
+        collection=collection.name,
+        model=generation.model.model,
+        why=error.message,
+    )
+
+
+def _no_model(vector: str) -> BadRequest:
+    return BadRequest(
+        f"Wrong input: the vector '{vector}' is not bound to a model, so a text for it must name one: "
+        '{"text": "…", "model": "…"}'
+    )
