@@ -87,12 +87,16 @@ class ShardKey:
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """What a shard is created with. What AlterVectors changes later, the shard keeps by itself."""
+    """What a shard is created with. What AlterVectors changes later, the shard keeps by itself.
+
+    since  of vectors that came later: the log entry that added each; for storage nodes only.
+    """
 
     key: ShardKey
     collection: str  # for messages to people only; the key identifies
     dense: dict[str, VectorSpec]
     sparse: tuple[str, ...] = ()
+    since: Mapping[str, int] = field(default_factory=dict)
 
 
 # -- writes ---------------------------------------------------------------------------------------

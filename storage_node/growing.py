@@ -2,12 +2,13 @@
 
 Searched exactly. Nothing here is durable: the log rebuilds it. A row is never changed once written;
 a dead row only loses its bit in `live`. Arrays grow by doubling, so a view taken earlier stays valid.
-One thread appends and kills; `view()` gives readers a fixed number of rows.
+One thread appends, kills and alters; `view()` gives readers a fixed number of rows and the vectors
+there were. Vectors come and go with a new dictionary, never by changing one that readers may hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from shoal.errors import must
 from shoal.ids import UUID_BIT, PointIds
 from shoal.storage_api import ShardSpec
 from storage_node.columns import GrowingColumns
+from storage_node.vector_set import columns_of, has_column
 
-__all__ = ["GrowingSegment", "GrowingView"]
+__all__ = ["GrowingSegment", "GrowingVector", "GrowingView"]
 
 
 class _Array:
@@ -27,9 +29,10 @@ class _Array:
 
     __slots__ = ("_data", "size")
 
-    def __init__(self, dtype: Any, width: int | None = None) -> None:
-        self._data = np.empty((256,) if width is None else (256, width), dtype)
-        self.size = 0
+    def __init__(self, dtype: Any, width: int | None = None, zeros: int = 0) -> None:
+        capacity = max(256, zeros)
+        self._data = np.zeros((capacity,) if width is None else (capacity, width), dtype)
+        self.size = zeros
 
     def extend(self, values: NDArray[Any]) -> None:
         end = self.size + len(values)
@@ -74,7 +77,109 @@ class _Ragged:
         return offsets.astype(np.uint32), {n: a.view(end) for n, a in self.parts.items()}
 
 
+class GrowingVector:
+    """One vector of all rows; the first `count` of them lack it. dim: 0 for a sparse one."""
+
+    __slots__ = ("_absent", "_dense", "_multi", "_present", "_sparse", "dim")
+
+    graph = None
+    rows = None  # there is a place for every row; `present` says which are filled
+
+    def __init__(self, count: int, dim: int = 0, *, multi: bool = False) -> None:
+        self._present = _Array(np.bool_, zeros=count)
+        self._absent = count
+        self.dim = dim
+        self._dense: _Array | None = None
+        self._multi: _Ragged | None = None
+        self._sparse: _Ragged | None = None
+        if dim and not multi:
+            self._dense = _Array(np.float32, dim, zeros=count)
+        elif dim:
+            self._multi = _Ragged(values=_Array(np.float32, dim))
+            self._multi.skip(count)
+        else:
+            self._sparse = _Ragged(indices=_Array(np.uint32), values=_Array(np.float32))
+            self._sparse.skip(count)
+
+    def append(self, name: str, batch: PointBatch, count: int) -> int:
+        """Add the rows of a batch; the bytes that they take. A block that does not fit, which a vector
+        of this name had before it was dropped, is passed over."""
+        block: DenseBlock | SparseBlock | MultiBlock | None
+        size = 0
+        if self._dense is not None:
+            block = dense = batch.dense.get(name)
+            if dense is None or dense.values.shape[1] != self.dim:
+                block = None
+                self._dense.fill(count, 0.0)
+            else:
+                self._dense.extend(dense.values)
+                size = dense.values.nbytes
+        elif self._multi is not None:
+            block = multi = batch.multi.get(name)
+            if multi is None:
+                self._multi.skip(count)
+            else:
+                self._multi.extend(multi.indptr, values=multi.values)
+                size = multi.values.nbytes
+        else:
+            assert self._sparse is not None
+            block = sparse = batch.sparse.get(name)
+            if sparse is None:
+                self._sparse.skip(count)
+            else:
+                self._sparse.extend(sparse.indptr, indices=sparse.indices, values=sparse.values)
+                size = 2 * sparse.values.nbytes
+        if block is None:
+            self._present.fill(count, False)
+            self._absent += count
+        elif block.present is None:
+            self._present.fill(count, True)
+        else:
+            self._present.extend(block.present)
+            self._absent += count - int(np.count_nonzero(block.present))
+        return size
+
+    def mask(self, count: int) -> NDArray[np.bool_] | None:
+        """(count,) which rows have it; None = all."""
+        mask = self._present.view(count)
+        return mask if self._absent else None
+
+    def present(self, count: int) -> NDArray[np.uint8] | None:
+        mask = self.mask(count)
+        return None if mask is None else pack_bits(mask)
+
+    def values(self, count: int) -> NDArray[np.float32]:
+        """(count, dim), of a dense vector."""
+        assert self._dense is not None
+        return self._dense.view(count)
+
+    def take(self, name: str, rows: NDArray[np.int64], count: int, out: PointBatch) -> None:
+        """Copy the given rows into `out`."""
+        mask = self.mask(count)
+        if self._dense is not None:
+            out.dense[name] = DenseBlock(self._dense.view(), mask).take(rows)
+        elif self._multi is not None:
+            indptr, parts = self._multi.rows(count)
+            out.multi[name] = MultiBlock(indptr, parts["values"], mask).take(rows)
+        else:
+            assert self._sparse is not None
+            indptr, parts = self._sparse.rows(count)
+            block = SparseBlock(indptr, parts["indices"], parts["values"], mask)
+            out.sparse[name] = block.take(rows)
+
+
+def _vector(spec: ShardSpec, name: str, count: int) -> GrowingVector:
+    found = spec.dense.get(name)
+    if found is None:
+        return GrowingVector(count)
+    return GrowingVector(count, found.dim, multi=found.multi)
+
+
 class GrowingSegment:
+    """spec: as of now, or as of the Seal entry that ended it.
+    vectors: what readers see. stored: what its files will tell of, which is more when some were
+    dropped after its Seal."""
+
     def __init__(self, segment_id: int, spec: ShardSpec) -> None:
         self.segment_id = segment_id
         self.spec = spec
@@ -91,16 +196,29 @@ class GrowingSegment:
         self._payload = bytearray()
         self._offsets = _Array(np.uint64)
         self._offsets.extend(np.zeros(1, np.uint64))
-        self._present = {name: _Array(np.bool_) for name in (*spec.dense, *spec.sparse)}
-        self._absent = dict.fromkeys(self._present, 0)
-        self._dense = {n: _Array(np.float32, v.dim) for n, v in spec.dense.items() if not v.multi}
-        self._multi = {
-            n: _Ragged(values=_Array(np.float32, v.dim)) for n, v in spec.dense.items() if v.multi
+        self.stored: Mapping[str, GrowingVector] = {
+            n: _vector(spec, n, 0) for n in columns_of(spec)
         }
-        self._sparse = {
-            n: _Ragged(indices=_Array(np.uint32), values=_Array(np.float32)) for n in spec.sparse
-        }
+        self.vectors = self.stored
         self._order: NDArray[np.intp] | None = None  # rows by key, for the rows there were then
+
+    # -- its vectors ------------------------------------------------------------------------------
+    def alter(self, spec: ShardSpec) -> None:
+        """While it grows: from now on it has the vectors of `spec`."""
+        before, self.spec = self.spec, spec
+        self.stored = {
+            name: self.stored[name]
+            if name in self.stored and has_column(before, name, since)
+            else _vector(spec, name, self.row_count)
+            for name, since in columns_of(spec).items()
+        }
+        self.vectors = self.stored
+
+    def follow(self, spec: ShardSpec) -> None:
+        """After its Seal: readers no longer see what `spec` lacks. It will be written all the same
+        which rows had that, because another replica may have written it by now."""
+        mine = columns_of(self.spec)
+        self.vectors = {n: v for n, v in self.vectors.items() if has_column(spec, n, mine[n])}
 
     # -- writing ----------------------------------------------------------------------------------
     def append(self, batch: PointBatch, keys: Sequence[int], version: int) -> None:
@@ -114,8 +232,8 @@ class GrowingSegment:
         else:
             self._offsets.extend(batch.payload_offsets[1:].astype(np.uint64) + np.uint64(before))
             self._payload += batch.payload
-        for name in self._present:
-            self._append_vector(name, batch, count)
+        for name, vector in self.stored.items():
+            self.byte_size += vector.append(name, batch, count)
         self._mark_live(start, count)
         self.row_count = start + count
         self.row_of.update(zip(keys, range(start, start + count), strict=True))
@@ -136,40 +254,6 @@ class GrowingSegment:
             else:
                 self._hi.fill(len(ids), 0)
                 self._is_uuid.fill(len(ids), False)
-
-    def _append_vector(self, name: str, batch: PointBatch, count: int) -> None:
-        block: DenseBlock | SparseBlock | MultiBlock | None
-        if name in self._dense:
-            block = dense = batch.dense.get(name)
-            if dense is None:
-                self._dense[name].fill(count, 0.0)
-            else:
-                self._dense[name].extend(dense.values)
-                self.byte_size += dense.values.nbytes
-        elif name in self._multi:
-            block = multi = batch.multi.get(name)
-            if multi is None:
-                self._multi[name].skip(count)
-            else:
-                self._multi[name].extend(multi.indptr, values=multi.values)
-                self.byte_size += multi.values.nbytes
-        else:
-            block = sparse = batch.sparse.get(name)
-            if sparse is None:
-                self._sparse[name].skip(count)
-            else:
-                self._sparse[name].extend(
-                    sparse.indptr, indices=sparse.indices, values=sparse.values
-                )
-                self.byte_size += 2 * sparse.values.nbytes
-        if block is None:
-            self._present[name].fill(count, False)
-            self._absent[name] += count
-        elif block.present is None:
-            self._present[name].fill(count, True)
-        else:
-            self._present[name].extend(block.present)
-            self._absent[name] += count - int(np.count_nonzero(block.present))
 
     def _mark_live(self, start: int, count: int) -> None:
         needed = -(-(start + count) // 8)
@@ -233,49 +317,23 @@ class GrowingSegment:
         offsets: NDArray[np.int64] = self._offsets.view().astype(np.int64)
         return offsets[rows + 1] - offsets[rows]
 
-    def vectors(self, name: str, count: int) -> NDArray[np.float32]:
-        return self._dense[name].view(count)
-
-    def present(self, name: str, count: int) -> NDArray[np.bool_] | None:
-        """KeyError for a name that the collection does not have."""
-        mask = self._present[name].view(count)
-        return mask if self._absent[name] else None
-
-    def take(
-        self, rows: NDArray[np.int64], payload: bool, vectors: bool | tuple[str, ...]
-    ) -> PointBatch:
-        """Copies of the given rows, in that order."""
-        must(len(rows) == 0 or int(rows.max()) < self.row_count, "a row past the end")
-        out = PointBatch(self.ids().take(rows))
-        out.versions = self._versions.view()[rows]
-        if payload:
-            out.set_payloads([self.payload_bytes(row) for row in rows.tolist()])
-        if not vectors:
-            return out
-        for name in self._present if isinstance(vectors, bool) else vectors:
-            mask = self.present(name, self.row_count)
-            if name in self._dense:
-                out.dense[name] = DenseBlock(self._dense[name].view(), mask).take(rows)
-            elif name in self._multi:
-                indptr, parts = self._multi[name].rows(self.row_count)
-                out.multi[name] = MultiBlock(indptr, parts["values"], mask).take(rows)
-            else:
-                indptr, parts = self._sparse[name].rows(self.row_count)
-                block = SparseBlock(indptr, parts["indices"], parts["values"], mask)
-                out.sparse[name] = block.take(rows)
-        return out
+    def versions(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        found: NDArray[np.uint64] = self._versions.view()[rows]
+        return found
 
 
 class GrowingView:
-    """A growing segment with a fixed number of rows and its live bits as they are now."""
+    """A growing segment with a fixed number of rows, its live bits and its vectors as they are now."""
 
-    __slots__ = ("columns", "live", "row_count", "segment")
+    __slots__ = ("_stored", "columns", "live", "row_count", "segment", "vectors")
 
     def __init__(self, segment: GrowingSegment) -> None:
         self.segment = segment
         self.row_count = segment.row_count
         self.live: NDArray[np.uint8] = segment.live[: -(-segment.row_count // 8)].copy()
         self.columns = segment.columns
+        self.vectors = segment.vectors
+        self._stored = segment.stored
 
     @property
     def segment_id(self) -> int:
@@ -303,26 +361,19 @@ class GrowingView:
     def keys_of(self, rows: NDArray[np.integer]) -> list[int]:
         return [self.segment.key(row) for row in rows.tolist()]
 
-    def has_vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        mask = self.segment.present(name, self.row_count)
+    def stored(self, name: str, since: int, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        mask = self._stored[name].mask(self.row_count)
         return None if mask is None else mask[rows]
+
+    def holds(self, name: str, since: int) -> bool:
+        return name in self.vectors
 
     def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.segment.payload_lengths(rows)
 
     def present_bits(self, name: str) -> NDArray[np.uint8] | None:
-        mask = self.segment.present(name, self.row_count)
-        return None if mask is None else pack_bits(mask)
-
-    def vectors(self, name: str) -> NDArray[np.float32]:
-        return self.segment.vectors(name, self.row_count)
-
-    def vector_rows(self, name: str) -> None:
-        """None: there is a place for every row; `present_bits` says which are filled."""
-        return
-
-    def graph(self, name: str) -> None:
-        return None
+        """KeyError for a name that the segment does not have."""
+        return self.vectors[name].present(self.row_count)
 
     def ordered_rows(self, start: int | None) -> NDArray[np.int64]:
         """Rows with key >= start, ascending by key; dead rows included."""
@@ -339,7 +390,14 @@ class GrowingView:
                 high = middle
         return order[low:]
 
-    def take(
-        self, rows: NDArray[np.int64], payload: bool, vectors: bool | tuple[str, ...]
-    ) -> PointBatch:
-        return self.segment.take(rows, payload, vectors)
+    def take(self, rows: NDArray[np.int64], payload: bool, names: Sequence[str]) -> PointBatch:
+        """Copies of the given rows, in that order, with those of the named vectors that are here."""
+        must(len(rows) == 0 or int(rows.max()) < self.row_count, "a row past the end")
+        out = PointBatch(self.segment.ids().take(rows))
+        out.versions = self.segment.versions(rows)
+        if payload:
+            out.set_payloads([self.payload_bytes(row) for row in rows.tolist()])
+        for name in names:
+            if name in self.vectors:
+                self.vectors[name].take(name, rows, self.row_count, out)
+        return out

@@ -16,19 +16,28 @@ import google_crc32c
 from pydantic import BaseModel, ConfigDict, Field
 
 from shoal.errors import FormatTooNew, ShardStopped
+from shoal.storage_api import Distance, VectorSpec
 from storage_node.faults import fault_point
 from storage_node.files import storage_errors, sync_folder
 
-__all__ = ["Manifest", "PendingMerge", "SegmentRecord", "read_manifest", "write_manifest"]
+__all__ = [
+    "AddedVector",
+    "Manifest",
+    "PendingMerge",
+    "SegmentRecord",
+    "read_manifest",
+    "write_manifest",
+]
 
-_FORMAT = 2  # 1 had no terms and no merges
+_FORMAT = 3  # 1 had no terms and no merges; 2 nothing about vectors
 _NAME = "MANIFEST"
 
 
 class SegmentRecord(BaseModel):
     """One live segment. files: name -> (bytes, crc32c) of every file that must be there, older
-    tombstones that a pending merge reads included. tombstones: the file with the rows that were dead
-    at the checkpoint. indexes: vector names."""
+    tombstones that a pending merge reads included; those of a vector that was dropped since may be
+    gone. tombstones: the file with the rows that were dead at the checkpoint. indexes: vector names.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +51,8 @@ class SegmentRecord(BaseModel):
 class PendingMerge(BaseModel):
     """A merge that is in the log, as entry `sequence`, and not done. tombstones: for each input the
     file with the rows to leave out (None: none), as of the last checkpoint before the entry; None as
-    long as that checkpoint is not installed."""
+    long as that checkpoint is not installed. columns: the vectors of the output, those of the shard
+    at the entry (see vector_set.py); None: all that the shard was created with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,13 +60,33 @@ class PendingMerge(BaseModel):
     inputs: tuple[int, ...]
     output: int
     tombstones: tuple[str | None, ...] | None = None
+    columns: dict[str, int] | None = None
+
+
+class AddedVector(BaseModel):
+    """A VectorSpec that the log added, as entry `since`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    since: int
+    dim: int
+    distance: Distance
+    multi: bool
+    hnsw_m: int
+    hnsw_ef_construct: int
+    index_bytes_min: int | None
+
+    def spec(self) -> VectorSpec:
+        return VectorSpec(**self.model_dump(exclude={"since"}))
 
 
 class Manifest(BaseModel):
     """checkpoint: every log entry up to this one is in the segments and their tombstones.
     terms: (term, its first log entry) of those up to the checkpoint, whose log may be trimmed.
     term: of the entries that a shard without other replicas writes. segments: ascending by id.
-    merges: pending ones of entries up to the checkpoint, in their order."""
+    merges: pending ones of entries up to the checkpoint, in their order.
+    added, dropped: how the vectors of the shard at the checkpoint differ from those that it was
+    created with. Added ones in their order; one that was dropped and added again is in both."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,6 +99,8 @@ class Manifest(BaseModel):
     next_segment_id: int = 1
     segments: tuple[SegmentRecord, ...] = Field(default=())
     merges: tuple[PendingMerge, ...] = ()
+    added: dict[str, AddedVector] = Field(default={})
+    dropped: tuple[str, ...] = ()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

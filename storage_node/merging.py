@@ -29,10 +29,13 @@ _MAP = "merge.map"  # in the output's folder, until the parent process has read 
 
 @dataclass(frozen=True, slots=True)
 class MergeJob:
-    folder: Path  # of segments
+    """folder: of segments. spec: as of now; columns: the vectors of the output, see write_segment."""
+
+    folder: Path
     spec: ShardSpec
     inputs: tuple[SegmentRecord, ...]
     output: int
+    columns: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def write_merged(job: MergeJob) -> Merged:
     folder = job.folder / str(job.output)
     if folder.exists():
         shutil.rmtree(folder)
-    files = write_segment(folder, job.spec, inputs, source, rows)
+    files = write_segment(folder, job.spec, inputs, source, rows, job.columns)
     sync_folder(folder)
     sync_folder(folder.parent)
     record = SegmentRecord(segment_id=job.output, rows=len(rows), files=files)
@@ -71,6 +74,7 @@ def encode_job(job: MergeJob) -> str:
             "spec": dataclasses.asdict(job.spec),
             "inputs": [record.model_dump(mode="json") for record in job.inputs],
             "output": job.output,
+            "columns": job.columns,
         }
     )
 
@@ -97,9 +101,10 @@ def _decode_job(text: str) -> MergeJob:
     key = ShardKey(**spec["key"])
     return MergeJob(
         folder=Path(fields["folder"]),
-        spec=ShardSpec(key, spec["collection"], dense, tuple(spec["sparse"])),
+        spec=ShardSpec(key, spec["collection"], dense, tuple(spec["sparse"]), spec["since"]),
         inputs=tuple(SegmentRecord.model_validate(record) for record in fields["inputs"]),
         output=fields["output"],
+        columns=fields["columns"],
     )
 
 

@@ -17,8 +17,9 @@ from storage_node.entries import decode
 from storage_node.files import verify_file
 from storage_node.log import LOG_FILE_BYTES_MIN, Log
 from storage_node.manifest import Manifest, SegmentRecord, read_manifest, write_manifest
-from storage_node.segment import SealedSegment
+from storage_node.segment import SealedSegment, stored_names, without_files
 from storage_node.state import ShardState
+from storage_node.vector_set import as_of, columns_of
 
 __all__ = ["Recovered", "recover"]
 
@@ -46,7 +47,7 @@ def recover(
     committed: int | None = None,
 ) -> Recovered:
     """Map the segments, replay the log; with `new` make a shard where there is none. The log is then
-    ready to append.
+    ready to append. spec: what the shard was created with.
 
     committed: apply entries up to this one, and at least to the checkpoint, and hand back the rest
     as `tail`. None: all; for a shard whose only replica this is.
@@ -66,14 +67,18 @@ def recover(
     for path in segments.iterdir():
         if path.name not in kept:
             shutil.rmtree(path)  # a seal or merge that a crash cut off: the log has it all
-    state = ShardState(spec, manifest.next_segment_id, manifest.checkpoint)
+    state = ShardState(as_of(spec, manifest), manifest.next_segment_id, manifest.checkpoint)
     recovered = Recovered(state, manifest)
     left = verify_bytes_max
     for record in manifest.segments:
         size = sum(length for length, _ in record.files.values())
         state.sealed.append(_open_segment(recovered, segments, record, verify=size <= left))
         left -= size
-    state.merges = list(manifest.merges)
+    created = columns_of(spec)
+    state.merges = [
+        merge if merge.columns is not None else merge.model_copy(update={"columns": created})
+        for merge in manifest.merges
+    ]
     for group in log.open(manifest.checkpoint, new=found is None, terms=manifest.terms):
         for sequence, entry in enumerate(group.entries, group.first):
             if sequence <= manifest.checkpoint:
@@ -95,7 +100,7 @@ def _open_segment(
         if path.name not in record.files:
             path.unlink()  # tombstones or an index that no manifest came to name
     if verify:
-        record = _verified(folder, record, spec)
+        record = _verified(folder, record)
     else:
         recovered.unverified.append(record)
     try:
@@ -106,15 +111,15 @@ def _open_segment(
         raise ShardStopped(f"{folder} is damaged: {type(error).__name__}: {error}") from error
     for name in record.indexes:
         try:
-            segment.set_graph(name, segment.open_graph(name))
+            segment.open_graph(name)
         except (Unavailable, OSError) as error:
             _log.error("index_damaged", why=str(error))
     return segment
 
 
-def _verified(folder: Path, record: SegmentRecord, spec: ShardSpec) -> SegmentRecord:
+def _verified(folder: Path, record: SegmentRecord) -> SegmentRecord:
     """Check every file. The record without its damaged indexes; ShardStopped for anything else."""
-    names = [*spec.dense, *spec.sparse]
+    damaged: list[str] = []
     for file, expected in record.files.items():
         try:
             verify_file(folder / file, expected)
@@ -122,11 +127,5 @@ def _verified(folder: Path, record: SegmentRecord, spec: ShardSpec) -> SegmentRe
             if not file.startswith("index."):
                 raise
             _log.error("index_damaged", why=error.message)
-            lost = names[int(file.removeprefix("index."))]
-            record = record.model_copy(
-                update={
-                    "files": {name: total for name, total in record.files.items() if name != file},
-                    "indexes": tuple(name for name in record.indexes if name != lost),
-                }
-            )
-    return record
+            damaged.append(file)
+    return without_files(record, damaged, stored_names(folder)) if damaged else record

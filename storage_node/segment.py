@@ -10,6 +10,9 @@
       index.{i}      an HNSW graph over vectors.{i}, without the vectors; comes later
       tombstones.{n} packed bitmap of n rows that were dead at a checkpoint; the manifest says which
 
+vectors.{i} and index.{i} of a vector that was dropped are deleted; rows.arr stays as it is and tells
+which rows had it. A vector that was added later is not in older segments: no row of them has it.
+
 Row number = rank of the id, so an id is found by bisection and a scroll is a range of rows. Names of
 vectors are a user's text, so files carry their number; rows.arr holds the names.
 """
@@ -17,8 +20,8 @@ vectors are a user's text, so files carry their number; rows.arr holds the names
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +36,17 @@ from shoal.storage_api import ShardSpec
 from storage_node.columns import SealedColumns, build_columns
 from storage_node.files import FileSum, FileWriter, open_array_file, write_array_file
 from storage_node.manifest import SegmentRecord
+from storage_node.vector_set import has_column
 
-__all__ = ["SealedSegment", "concat", "write_segment"]
+__all__ = [
+    "SealedSegment",
+    "SealedVector",
+    "complete",
+    "concat",
+    "stored_names",
+    "without_files",
+    "write_segment",
+]
 
 _CHUNK_ROWS = 4096  # rows that a seal or merge holds in memory at once
 _CHUNK_PAYLOAD_BYTES = 64 << 20  # … unless their payloads are larger than this
@@ -43,19 +55,60 @@ _CHUNK_PAYLOAD_BYTES = 64 << 20  # … unless their payloads are larger than thi
 class Source(Protocol):
     """A segment whose rows are written anew: growing or sealed."""
 
-    def take(
-        self, rows: NDArray[np.int64], payload: bool, vectors: bool | tuple[str, ...]
-    ) -> PointBatch: ...
-    def has_vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """(n,) bool for the given rows; None = all have it."""
+    def take(self, rows: NDArray[np.int64], payload: bool, names: Sequence[str]) -> PointBatch: ...
+    def stored(self, name: str, since: int, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """(n,) bool, which of the given rows have the vector, also one that was dropped since; None =
+        all have it. since: see vector_set.py."""
+        ...
+
+    def holds(self, name: str, since: int) -> bool:
+        """Whether `take` gives the vector of every row that has it. Not after it was dropped."""
         ...
 
     def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class SealedVector:
+    """One dense vector of a segment.
+
+    flat  (m, dim), and must be kept as long as they are read. None: the log says further on that the
+          vector is dropped, and its file was deleted before this replica was restarted. Its rows are
+          zeros until then, so that what is made of them has it where other replicas have it.
+    rows  (m,) ascending, the row of each vector; None = every row has one. bits: the same, packed.
+    """
+
+    dim: int
+    flat: FlatVectors | None
+    rows: NDArray[np.int64] | None
+    bits: NDArray[np.uint8] | None
+    graph: Graph | None = None
+
+    def values(self, count: int) -> NDArray[np.float32] | None:
+        return None if self.flat is None else self.flat.values
+
+    def present(self, count: int) -> NDArray[np.uint8] | None:
+        return self.bits
+
+    def take(
+        self, rows: NDArray[np.int64], present: NDArray[np.bool_] | None
+    ) -> NDArray[np.float32]:
+        """(n, dim) float32; zeros for rows without the vector."""
+        if self.flat is None:
+            return np.zeros((len(rows), self.dim), np.float32)
+        values = self.flat.values
+        if self.rows is None or present is None:
+            return values[rows]
+        out = np.zeros((len(rows), self.dim), np.float32)
+        out[present] = values[np.searchsorted(self.rows, rows[present])]
+        return out
+
+
 class SealedSegment:
     """The rows of one segment, ready to be read.
 
+    vectors          dense ones that the shard has today and this segment holds. A new dictionary with
+                     each change: readers in threads may hold the one before.
     live             (ceil(rows / 8),) uint8 packed: alive now. Changed in place by `kill`.
     checkpoint_live  the same as of the manifest's checkpoint: what its tombstones say.
     """
@@ -71,21 +124,26 @@ class SealedSegment:
         self._payload = _map_bytes(folder / "payload.bin")
         self._offsets: NDArray[np.uint64] = self._arrays["payload_offsets"]
         self._names: list[str] = meta["vectors"]
-        self._flat: dict[str, FlatVectors] = {}
-        self._vector_rows: dict[str, NDArray[np.int64]] = {}  # of vectors that some rows lack
-        for name, vector in spec.dense.items():
-            if vector.multi:
-                continue
-            bits = self.present_bits(name)
-            if bits is not None:
-                self._vector_rows[name] = np.flatnonzero(unpack_bits(bits, record.rows))
-            count = self.vector_count(name)
-            path = self.vectors_file(name)
-            self._flat[name] = FlatVectors(path, vector.dim, count, vector.distance)
-        self._graphs: dict[str, Graph] = {}
+        self._since: dict[str, int] = meta.get("since", {})
+        self._ragged = {  # never dropped
+            name
+            for name in self._names
+            if name in spec.sparse or (name in spec.dense and spec.dense[name].multi)
+        }
+        self.vectors: Mapping[str, SealedVector] = {}
+        self.follow(spec)
         self.live = self._read_tombstones()
         self.dead_count = self.row_count - _popcount(self.live)
         self.set_checkpoint(self.live.copy())
+
+    def _open_vector(self, name: str, spec: ShardSpec) -> SealedVector:
+        vector, bits = spec.dense[name], self._stored_bits(name)
+        rows = None if bits is None else np.flatnonzero(unpack_bits(bits, self.row_count))
+        count, path = self.row_count if rows is None else len(rows), self.vectors_file(name)
+        if path.name not in self.record.files:
+            return SealedVector(vector.dim, None, rows, bits)
+        flat = FlatVectors(path, vector.dim, count, vector.distance)
+        return SealedVector(vector.dim, flat, rows, bits)
 
     def _read_tombstones(self) -> NDArray[np.uint8]:
         if self.record.tombstones is None:
@@ -98,16 +156,50 @@ class SealedSegment:
         self.checkpoint_live = live
         self.checkpoint_dead = self.row_count - _popcount(live)
 
-    def open_graph(self, name: str) -> Graph:
-        """Map the index of a vector. Raises if it is not there or does not fit."""
-        return Graph(self.folder / self.index_file(name), self._flat[name])
+    # -- its vectors ------------------------------------------------------------------------------
+    def follow(self, spec: ShardSpec) -> None:
+        """Have the vectors that the shard has now. Reads under way keep what they see. A vector comes
+        anew only while a log is replayed from before it was added, to a merge after that; no row has
+        it then."""
+        self.vectors = {
+            name: self.vectors.get(name) or self._open_vector(name, spec)
+            for name in self._names
+            if name not in self._ragged and has_column(spec, name, self._since.get(name, 0))
+        }
 
-    def set_graph(self, name: str, graph: Graph) -> None:
-        self._graphs[name] = graph
+    def unused_files(self, applied: int) -> list[str]:
+        """What the record names and nobody will read: of vectors that were dropped. applied: of the
+        shard; what was added later is not dropped."""
+        used = {
+            number
+            for number, name in enumerate(self._names)
+            if name in self.vectors or self._since.get(name, 0) > applied
+        }
+        kinds = ("vectors", "index")
+        return [
+            file
+            for file in self.record.files
+            if (parts := file.partition("."))[0] in kinds and int(parts[2]) not in used
+        ]
+
+    def without(self, files: Collection[str]) -> SegmentRecord:
+        return without_files(self.record, files, self._names)
+
+    def open_graph(self, name: str) -> None:
+        """Map the index of a vector, unless that was dropped. Raises if it is not there or does not
+        fit."""
+        vector = self.vectors.get(name)
+        if vector is not None and vector.flat is not None:
+            self.set_graph(name, Graph(self.folder / self.index_file(name), vector.flat))
+
+    def set_graph(self, name: str, graph: Graph | None) -> None:
+        """None: searches under way keep the one there was; later ones scan."""
+        if name in self.vectors:  # else it was dropped meanwhile
+            changed = replace(self.vectors[name], graph=graph)
+            self.vectors = {**self.vectors, name: changed}
 
     def drop_graph(self, file: str) -> None:
-        """Searches under way keep it; later ones scan."""
-        self._graphs.pop(self._names[int(file.removeprefix("index."))], None)
+        self.set_graph(self._names[int(file.removeprefix("index."))], None)
 
     def vectors_file(self, name: str) -> Path:
         return self.folder / f"vectors.{self._names.index(name)}"
@@ -187,70 +279,64 @@ class SealedSegment:
         return int(self._arrays["versions"][row])
 
     def present_bits(self, name: str) -> NDArray[np.uint8] | None:
-        """Packed bitmap of the rows that have the vector; None = every row. KeyError: no such name."""
-        number = self._names.index(name) if name in self._names else None
-        if number is None:
-            raise KeyError(name)
-        return self._arrays.get(f"present.{number}")
+        """Packed bitmap of the rows that have the vector; None = every row. KeyError: none has."""
+        if name in self._ragged:
+            return self._stored_bits(name)
+        return self.vectors[name].bits
 
-    def has_vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        bits = self.present_bits(name)
+    def _stored_bits(self, name: str) -> NDArray[np.uint8] | None:
+        return self._arrays.get(f"present.{self._names.index(name)}")
+
+    def stored(self, name: str, since: int, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        if name not in self._names or self._since.get(name, 0) != since:
+            return np.zeros(len(rows), np.bool_)
+        bits = self._stored_bits(name)
         return None if bits is None else _test_bits(bits, rows)
 
     def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return (self._offsets[rows + 1] - self._offsets[rows]).astype(np.int64)
 
-    def vectors(self, name: str) -> NDArray[np.float32]:
-        """(m, dim) float32: of the rows `vector_rows` names."""
-        return self._flat[name].values
-
-    def vector_rows(self, name: str) -> NDArray[np.int64] | None:
-        """(m,) ascending: the row of each vector; None = every row has one."""
-        return self._vector_rows.get(name)
+    def holds(self, name: str, since: int) -> bool:
+        if name not in self._names or self._since.get(name, 0) != since or name in self._ragged:
+            return True
+        return name in self.vectors and self.vectors[name].flat is not None
 
     def vector_count(self, name: str) -> int:
-        rows = self._vector_rows.get(name)
-        return self.row_count if rows is None else len(rows)
+        """Vectors that could be searched."""
+        vector = self.vectors.get(name)
+        return 0 if vector is None or vector.flat is None else len(vector.flat.values)
 
     def graph(self, name: str) -> Graph | None:
-        return self._graphs.get(name)
+        vector = self.vectors.get(name)
+        return None if vector is None else vector.graph
 
-    def take(
-        self, rows: NDArray[np.int64], payload: bool, vectors: bool | tuple[str, ...]
-    ) -> PointBatch:
-        """Copies of the given rows, in that order."""
+    def take(self, rows: NDArray[np.int64], payload: bool, names: Sequence[str]) -> PointBatch:
+        """Copies of the given rows, in that order, with those of the named vectors that are here."""
         out = PointBatch(self.ids_of(rows))
         out.versions = self._arrays["versions"][rows]
         if payload:
             out.set_payloads([self.payload_bytes(row) for row in rows.tolist()])
-        if not vectors:
-            return out
-        for name in self._names if isinstance(vectors, bool) else vectors:
-            present = self.has_vector(name, rows)
-            if name in self._flat:
-                out.dense[name] = DenseBlock(self._dense_of(name, rows, present), present)
-                continue
-            number = self._names.index(name)
-            indptr, values = self._arrays[f"indptr.{number}"], self._arrays[f"values.{number}"]
-            if name in self.spec.sparse:
-                indices = self._arrays[f"indices.{number}"]
-                out.sparse[name] = SparseBlock(indptr, indices, values).take(rows)
-                out.sparse[name].present = present
-            else:
-                out.multi[name] = MultiBlock(indptr, values).take(rows)
-                out.multi[name].present = present
+        vectors = self.vectors
+        for name in names:
+            if name in vectors:
+                bits = vectors[name].bits
+                present = None if bits is None else _test_bits(bits, rows)
+                out.dense[name] = DenseBlock(vectors[name].take(rows, present), present)
+            elif name in self._ragged:
+                self._take_ragged(name, rows, out)
         return out
 
-    def _dense_of(
-        self, name: str, rows: NDArray[np.int64], present: NDArray[np.bool_] | None
-    ) -> NDArray[np.float32]:
-        """(n, dim) float32; zeros for rows without the vector."""
-        values = self._flat[name].values
-        if present is None:
-            return values[rows]
-        out = np.zeros((len(rows), values.shape[1]), np.float32)
-        out[present] = values[np.searchsorted(self._vector_rows[name], rows[present])]
-        return out
+    def _take_ragged(self, name: str, rows: NDArray[np.int64], out: PointBatch) -> None:
+        number, bits = self._names.index(name), self._stored_bits(name)
+        present = None if bits is None else _test_bits(bits, rows)
+        indptr, values = self._arrays[f"indptr.{number}"], self._arrays[f"values.{number}"]
+        if name in self.spec.sparse:
+            indices = self._arrays[f"indices.{number}"]
+            out.sparse[name] = SparseBlock(indptr, indices, values).take(rows)
+            out.sparse[name].present = present
+        else:
+            out.multi[name] = MultiBlock(indptr, values).take(rows)
+            out.multi[name].present = present
 
 
 def _test_bits(bits: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -306,20 +392,28 @@ def write_segment(
     sources: Sequence[Source],
     source: NDArray[np.integer],
     rows: NDArray[np.int64],
+    columns: Mapping[str, int],
 ) -> dict[str, FileSum]:
     """Write the files of a segment; each is fsynced, the folder is not.
 
-    source  (n,) which of `sources` output row r comes from
-    rows    (n,) and which row of it. Output order must be ascending by id.
+    columns  the vectors that it has (vector_set.py). Of those that were dropped since, so that `spec`
+             or a source lacks them, it is only written which rows had them.
+    source   (n,) which of `sources` output row r comes from
+    rows     (n,) and which row of it. Output order must be ascending by id.
     Memory: a chunk of rows at a time, plus ids, offsets, sparse and multivectors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = len(rows)
-    names = [*spec.dense, *spec.sparse]
-    flat = {f"vectors.{names.index(n)}": n for n, v in spec.dense.items() if not v.multi}
-    collected = _Collected(ragged={name: [] for name in names if name not in flat.values()})
-    for name in names:
-        parts = [s.has_vector(name, rows[source == i]) for i, s in enumerate(sources)]
+    kept = [
+        name
+        for name, since in columns.items()
+        if has_column(spec, name, since) and all(s.holds(name, since) for s in sources)
+    ]
+    numbers = {name: number for number, name in enumerate(columns)}
+    flat = {f"vectors.{numbers[n]}": n for n in kept if n in spec.dense and not spec.dense[n].multi}
+    collected = _Collected(ragged={name: [] for name in kept if name not in flat.values()})
+    for name, since in columns.items():
+        parts = [s.stored(name, since, rows[source == i]) for i, s in enumerate(sources)]
         if any(part is not None for part in parts):
             present = np.ones(count, np.bool_)
             for i, part in enumerate(parts):
@@ -334,7 +428,7 @@ def write_segment(
             total = count if having is None else int(np.count_nonzero(having))
             writers[file].write(flat_header(vector.dim, total, vector.distance))
         for start, end in _chunks(sources, source, rows):
-            chunk = _gather(sources, source[start:end], rows[start:end])
+            chunk = _gather(sources, source[start:end], rows[start:end], spec, kept)
             _collect(collected, chunk)
             writers["payload.bin"].write(chunk.payload)
             for file, name in flat.items():
@@ -346,12 +440,14 @@ def write_segment(
         for writer in writers.values():
             writer.abandon()
         raise
-    arrays, meta = _rows_arrays(collected, names, count)
+    arrays = _rows_arrays(collected, list(columns), count)
+    later = {name: since for name, since in columns.items() if since}
+    meta = {"rows": count, "vectors": list(columns)} | ({"since": later} if later else {})
     files["rows.arr"] = write_array_file(folder / "rows.arr", arrays, meta)
     payload = _map_bytes(folder / "payload.bin")
     offsets = arrays["payload_offsets"].tolist()
-    columns = build_columns((payload[offsets[r] : offsets[r + 1]] for r in range(count)), count)
-    files["columns.arr"] = write_array_file(folder / "columns.arr", *columns)
+    paths = build_columns((payload[offsets[r] : offsets[r + 1]] for r in range(count)), count)
+    files["columns.arr"] = write_array_file(folder / "columns.arr", *paths)
     return files
 
 
@@ -390,7 +486,7 @@ def _collect(into: _Collected, chunk: PointBatch) -> None:
 
 def _rows_arrays(
     collected: _Collected, names: Sequence[str], count: int
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+) -> dict[str, NDArray[Any]]:
     uuids = np.frombuffer(b"".join(collected.uuids), np.uint8).reshape(-1, 16)
     offsets = np.zeros(count + 1, np.uint64)
     if count:
@@ -421,7 +517,7 @@ def _rows_arrays(
         sparse = [block.indices for block in blocks if isinstance(block, SparseBlock)]
         if sparse:
             arrays[f"indices.{number}"] = np.concatenate(sparse)
-    return arrays, {"rows": count, "vectors": list(names)}
+    return arrays
 
 
 def _lengths(indptr: NDArray[np.uint32]) -> NDArray[np.int64]:
@@ -434,21 +530,53 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def _gather(
-    sources: Sequence[Source], source: NDArray[np.integer], rows: NDArray[np.int64]
+    sources: Sequence[Source],
+    source: NDArray[np.integer],
+    rows: NDArray[np.int64],
+    spec: ShardSpec,
+    names: Sequence[str],
 ) -> PointBatch:
-    if len(sources) == 1:
-        return sources[0].take(rows, True, True)
     parts, order = [], []
     for number, part in enumerate(sources):
         here = np.flatnonzero(source == number)
         if len(here):
-            parts.append(part.take(rows[here], True, True))
+            parts.append(complete(part.take(rows[here], True, names), spec, names))
             order.append(here)
     if len(parts) == 1:
         return parts[0]
     back = np.empty(len(rows), np.int64)
     back[np.concatenate(order)] = np.arange(len(rows))
     return concat(parts).take(back)
+
+
+def complete(points: PointBatch, spec: ShardSpec, names: Sequence[str]) -> PointBatch:
+    """Add the dense vectors that its segment does not have: no row has them. Names that the shard
+    does not have are passed over."""
+    for name in names:
+        vector = spec.dense.get(name)
+        if vector is not None and not vector.multi and name not in points.dense:
+            zeros = np.zeros((len(points), vector.dim), np.float32)
+            points.dense[name] = DenseBlock(zeros, np.zeros(len(points), np.bool_))
+    return points
+
+
+def stored_names(folder: Path) -> list[str]:
+    """The vectors of a segment, in the order that numbers its files."""
+    names: list[str] = open_array_file(folder / "rows.arr")[1]["vectors"]
+    return names
+
+
+def without_files(
+    record: SegmentRecord, files: Collection[str], names: Sequence[str]
+) -> SegmentRecord:
+    """The record without these files of vectors and indexes. names: see `stored_names`."""
+    gone = {names[int(f.removeprefix("index."))] for f in files if f.startswith("index.")}
+    return record.model_copy(
+        update={
+            "files": {f: total for f, total in record.files.items() if f not in files},
+            "indexes": tuple(name for name in record.indexes if name not in gone),
+        }
+    )
 
 
 def concat(parts: Sequence[PointBatch]) -> PointBatch:

@@ -53,6 +53,7 @@ from storage_node.manifest import Manifest
 from storage_node.recovery import recover
 from storage_node.replica import Config, Entry, Message, Replica, Timing
 from storage_node.replication import Replication
+from storage_node.searching import vector_counts
 from storage_node.state import ShardState
 from storage_node.upkeep import Upkeep
 
@@ -619,13 +620,14 @@ class Shard:
         state = self.state
         indexed = 0
         for segment in state.sealed:
-            graphs = sum(1 for name in self.spec.dense if segment.graph(name) is not None)
+            graphs = sum(1 for vector in segment.vectors.values() if vector.graph is not None)
             share = segment.row_count - segment.dead_count
             indexed += graphs * share
         size = sum(n for s in state.sealed for n, _ in s.record.files.values())
         return ShardInfo(
             points=state.point_count,
             indexed_vectors=indexed,
+            vectors=vector_counts(state.snapshot()),
             segments=len(state.sealed) + len(state.frozen) + int(state.growing.row_count > 0),
             pending=self._upkeep.pending_work(),
             applied=state.applied,

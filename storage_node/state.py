@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal import limits
-from shoal.batch import PointBatch, pack_bits, unpack_bits
-from shoal.errors import BodyTooLarge, NotSupported, must
+from shoal.batch import DenseBlock, MultiBlock, PointBatch, pack_bits, unpack_bits
+from shoal.errors import BadRequest, BodyTooLarge, must
 from shoal.ids import PointIds
 from shoal.payload import delete_keys, merge_payload
 from shoal.storage_api import (
@@ -43,6 +43,7 @@ from storage_node.growing import GrowingSegment
 from storage_node.manifest import PendingMerge, SegmentRecord
 from storage_node.searching import Snapshot, SnapshotUnit, matching_ids, take_rows
 from storage_node.segment import SealedSegment, concat
+from storage_node.vector_set import altered, columns_of, resolve_alter
 
 __all__ = ["Checkpoint", "ShardState"]
 
@@ -135,7 +136,7 @@ class ShardState:
             case Upsert():
                 return op.update_filter is not None or op.mode is not UpdateMode.UPSERT
             case UpdateVectors():
-                return op.update_filter is not None
+                return op.update_filter is not None or op.if_versions is not None
             case AlterVectors():
                 return True
             case _:
@@ -149,7 +150,7 @@ class ShardState:
             case UpdateVectors():
                 return [self._resolve_update_vectors(op)]
             case AlterVectors():
-                raise NotSupported("the vectors of a shard cannot be altered")
+                return [resolve_alter(self.spec, op)]
             case _:
                 ids = op.where.ids
                 if ids is None:
@@ -200,6 +201,8 @@ class ShardState:
         return Upsert(op.points.take(rows))
 
     def _resolve_update_vectors(self, op: UpdateVectors) -> UpdateVectors:
+        if op.if_versions is not None:
+            op = self._at_versions(op, op.if_versions)
         if op.update_filter is None:
             return op
         snapshot, places = self.snapshot(), self.locate(op.points.ids)
@@ -216,7 +219,19 @@ class ShardState:
             if matches(op.update_filter, payload, key, has.__contains__):
                 keep.append(row)
                 has |= self._vectors_of(op.points, row)
-        return UpdateVectors(op.points.take(np.array(keep, np.int64)))
+        points = op.points.take(np.array(keep, np.int64))
+        return UpdateVectors(points, forget=op.forget)
+
+    def _at_versions(self, op: UpdateVectors, versions: NDArray[np.uint64]) -> UpdateVectors:
+        """Without the rows whose point does not exist or was changed."""
+        if len(versions) != len(op.points):
+            raise BadRequest(
+                f"Bad request: {len(op.points)} points came with {len(versions)} versions"
+            )
+        now, positions, _ = self.current(op.points.ids, payload=False, vectors=False)
+        assert now.versions is not None
+        unchanged = positions[now.versions == versions[positions]]
+        return replace(op, points=op.points.take(unchanged), if_versions=None)
 
     def _vectors_of(self, points: PointBatch, row: int) -> set[str]:
         return {
@@ -237,14 +252,14 @@ class ShardState:
             case Delete(where=where):
                 assert where.ids is not None
                 self._kill(where.ids, where.ids.keys())
-            case UpdateVectors(points=points):
-                missing = self._update_vectors(_folded(points), sequence)
+            case UpdateVectors(points=points, forget=forget):
+                missing = self._update_vectors(_folded(points), forget, sequence)
             case Seal(segment=segment):
                 self._freeze(segment, sequence)
             case Merge():
                 self._begin_merge(entry, sequence)
             case AlterVectors():
-                must(False, "no such entry can have been logged")
+                self._alter(entry, sequence)
             case (
                 SetPayload()
                 | OverwritePayload()
@@ -274,19 +289,31 @@ class ShardState:
                 self._replace(_changed(entry, points), sequence)
         return missing
 
-    def _update_vectors(self, points: PointBatch, sequence: int) -> int | None:
+    def _update_vectors(
+        self, points: PointBatch, forget: Sequence[str], sequence: int
+    ) -> int | None:
         existing, positions, missing = self.current(points.ids)
         if len(existing) == 0:
             return missing
         update = points.take(positions)
-        for name, dense in update.dense.items():
-            existing.dense[name] = _overlaid(existing, update, "dense", name, dense.present)
-        for name, sparse in update.sparse.items():
-            existing.sparse[name] = _overlaid(existing, update, "sparse", name, sparse.present)
-        for name, multi in update.multi.items():
-            existing.multi[name] = _overlaid(existing, update, "multi", name, multi.present)
+        _forget(existing, forget)
+        for kind in ("dense", "sparse", "multi"):
+            before, after = getattr(existing, kind), getattr(update, kind)
+            for name, block in after.items():
+                if name not in before:  # forgotten; or dropped, and then `append` passes it over
+                    before[name] = block
+                elif kind == "sparse" or _dim(before[name]) == _dim(block):
+                    before[name] = _overlaid(existing, update, kind, name, block.present)
         self._replace(existing, sequence)
         return missing
+
+    def _alter(self, entry: AlterVectors, sequence: int) -> None:
+        self.spec = altered(self.spec, entry, sequence)
+        self.growing.alter(self.spec)
+        for frozen in self.frozen:
+            frozen.follow(self.spec)
+        for sealed in self.sealed:
+            sealed.follow(self.spec)
 
     def _replace(self, points: PointBatch, sequence: int) -> None:
         """Kill the rows of these ids and append the new ones. Ids do not repeat."""
@@ -328,8 +355,11 @@ class ShardState:
         for earlier in self.merges:
             there = there - set(earlier.inputs) | {earlier.output}
         if there.issuperset(merge.inputs):  # else it was done before a restart, or comes too late
+            columns = columns_of(self.spec)
             self.merges.append(
-                PendingMerge(sequence=sequence, inputs=merge.inputs, output=merge.output)
+                PendingMerge(
+                    sequence=sequence, inputs=merge.inputs, output=merge.output, columns=columns
+                )
             )
             self._fix_merges()
 
@@ -378,6 +408,7 @@ class ShardState:
             sealed.dead_count = sealed.row_count - int(np.bitwise_count(sealed.live).sum())
             for later in self.checkpoints:
                 later.live_at[frozen.segment_id] = _pick(later.live_at[frozen.segment_id], rows)
+            sealed.follow(self.spec)  # it was opened a moment ago
             self.sealed.append(sealed)
         self._fix_merges()
 
@@ -400,6 +431,7 @@ class ShardState:
             output.live = pick_merged([s.live for s in inputs], source, rows)
             output.set_checkpoint(pick_merged([s.checkpoint_live for s in inputs], source, rows))
             output.dead_count = output.row_count - int(np.bitwise_count(output.live).sum())
+            output.follow(self.spec)
             self.sealed.append(output)
         self._fix_merges()
 
@@ -478,13 +510,22 @@ def _changed(
         case ClearPayload():
             points.set_payloads([b""] * len(old))
         case DeleteVectors():
-            for name in entry.names:
-                points.dense.pop(name, None)
-                points.sparse.pop(name, None)
-                points.multi.pop(name, None)
+            pass
         case _:
             assert_never(entry)
+    _forget(points, entry.names if isinstance(entry, DeleteVectors) else entry.forget)
     return points
+
+
+def _forget(points: PointBatch, names: Sequence[str]) -> None:
+    for name in names:
+        points.dense.pop(name, None)
+        points.sparse.pop(name, None)
+        points.multi.pop(name, None)
+
+
+def _dim(block: DenseBlock | MultiBlock) -> int:
+    return int(block.values.shape[1])
 
 
 def _overlaid(

@@ -3,6 +3,7 @@
     seal    log entry -> segment files + tombstones, fsynced -> manifest -> install -> trim the log
     merge   log entry -> segment files -> index -> manifest -> install -> delete the inputs
     index   graph file -> manifest -> install
+    drop    of a vector: log entry -> manifest without its files -> delete them
 
 Upkeep decides when to seal and merge and proposes it; whoever owns the log makes it an entry, applies
 it to the state, and tells (`applied`). What an entry then asks for is done here, on every replica.
@@ -28,9 +29,10 @@ from numpy.typing import NDArray
 from shoal import limits, telemetry
 from shoal.batch import unpack_bits
 from shoal.errors import ShardStopped, ShoalError, StorageFull, Unavailable, must
+from shoal.faiss_index import Graph
 from shoal.index_api import BuildJob, IndexBuilder, IndexOf
 from shoal.settings import StorageSettings
-from shoal.storage_api import ShardSpec
+from shoal.storage_api import AlterVectors, ShardSpec
 from storage_node.entries import LogEntry, Merge, Seal
 from storage_node.faults import fault_point
 from storage_node.files import (
@@ -41,6 +43,7 @@ from storage_node.files import (
     verify_file,
     write_file,
 )
+from storage_node.growing import GrowingView
 from storage_node.lanes import Lanes
 from storage_node.log import Log
 from storage_node.manifest import Manifest, PendingMerge, SegmentRecord, write_manifest
@@ -49,6 +52,7 @@ from storage_node.planner import Pause, SegmentStats, choose_merge, needs_index,
 from storage_node.recovery import Recovered
 from storage_node.segment import SealedSegment, write_segment
 from storage_node.state import Checkpoint, ShardState, pick_merged
+from storage_node.vector_set import changes, columns_of
 
 __all__ = ["Upkeep"]
 
@@ -66,6 +70,7 @@ class Upkeep:
     """What its owner calls: `open`, then the `loops` as tasks; `applied` after every entry;
     `wait_for_room` and `seal_due` before more are logged; `end`, then `close`.
 
+    spec         what the shard was created with
     propose      put a Seal or Merge in the log; done when it is applied. Raises ShoalError when it is
                  not, or nobody knows: it is proposed again later, if it is still due.
     may_propose  whether this replica decides; the others only do what the log says. Only one that
@@ -84,7 +89,7 @@ class Upkeep:
         propose: Callable[[Seal | Merge], Awaitable[object]],
         may_propose: Callable[[], bool],
     ) -> None:
-        self.folder, self.spec = folder, spec
+        self.folder, self._created = folder, spec
         self.state = ShardState(spec)
         self.manifest = Manifest(collection_id=spec.key.collection_id, shard=spec.key.shard)
         self._settings, self._builder, self._lanes, self._log = settings, builder, lanes, log
@@ -134,7 +139,7 @@ class Upkeep:
         match entry:
             case Seal():
                 self._seal_due.set()
-            case Merge():
+            case Merge() | AlterVectors():
                 self._changed.set()
             case _:
                 self._last_write = time.monotonic()
@@ -168,6 +173,7 @@ class Upkeep:
         """Segments that still wait to be written, merged or indexed; 0 = settled."""
         waiting = len(self.state.frozen) + len(self.state.merges) + int(self._merging)
         waiting += sum(len(self._index_wanted(s)) for s in self.state.sealed)
+        waiting += len(self._with_dropped())
         if not self._may_propose():
             return waiting
         waiting += int(self._seals_in(Pause.LONG))
@@ -206,14 +212,15 @@ class Upkeep:
 
     async def _seal(self, checkpoint: Checkpoint) -> None:
         frozen = checkpoint.frozen
-        record, rows = await self._in_files(self._write_frozen, checkpoint)
+        view, spec = frozen.view(), self.state.spec
+        record, rows = await self._in_files(self._write_frozen, checkpoint, view, spec)
         fault_point("seal.after_segment")
         async with self._manifest_lock:
             manifest = await self._in_files(self._checkpointed, checkpoint, record)
             opened = None
             if record is not None:
                 folder = self._segment_folder(record.segment_id)
-                opened = await self._in_files(SealedSegment, folder, record, self.spec)
+                opened = await self._in_files(SealedSegment, folder, record, self.state.spec)
             await self._in_files(write_manifest, self.folder, manifest)
             self.manifest = manifest
             before = [(segment, segment.record.files) for segment in self.state.sealed]
@@ -229,7 +236,7 @@ class Upkeep:
         _log.info("sealed", shard=self.folder, segment=frozen.segment_id, rows=len(rows))
 
     def _write_frozen(
-        self, checkpoint: Checkpoint
+        self, checkpoint: Checkpoint, view: GrowingView, spec: ShardSpec
     ) -> tuple[SegmentRecord | None, NDArray[np.int64]]:
         fault_point("seal.before_write")
         frozen = checkpoint.frozen
@@ -242,7 +249,7 @@ class Upkeep:
         check_space(self.folder, frozen.byte_size)  # seals may use what writes leave
         source = np.zeros(len(rows), np.uint8)
         try:
-            files = write_segment(folder, self.spec, [frozen.view()], source, rows)
+            files = write_segment(folder, spec, [view], source, rows, columns_of(frozen.spec))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -271,6 +278,7 @@ class Upkeep:
                 ),
                 "segments": _ascending(records),
                 "merges": tuple(merges),
+                **changes(self._created, checkpoint.frozen.spec),
             }
         )
 
@@ -318,6 +326,8 @@ class Upkeep:
 
     async def _optimise_once(self) -> bool:
         """Do the next merge or index; False when there is nothing to do now."""
+        if await self._delete_dropped():  # first: it may be what a merge has no room for
+            return True
         if self.state.merges:
             if self.state.merges[0].tombstones is None:
                 return False  # the seal loop goes on from here
@@ -349,7 +359,7 @@ class Upkeep:
     def _seals_in(self, pause: Pause) -> bool:
         if self._builder is None or self.state.frozen or pause is Pause.NONE:
             return False
-        dims = [v.dim for v in self.spec.dense.values() if not v.multi]
+        dims = [v.dim for v in self.state.spec.dense.values() if not v.multi]
         if seals_in_pause(self.state.growing.row_count, dims, pause):
             return True
         # Rows that died since the checkpoint: only a seal lets a merge clear them away.
@@ -368,9 +378,9 @@ class Upkeep:
             return []
         return [
             name
-            for name, vector in self.spec.dense.items()
-            if segment.graph(name) is None
-            and not vector.multi
+            for name, vector in self.state.spec.dense.items()
+            if name in segment.vectors
+            and segment.graph(name) is None
             and needs_index(segment.vector_count(name), vector)
         ]
 
@@ -396,10 +406,12 @@ class Upkeep:
             output, source, rows = await self._write_merged(merge)
             fault_point("merge.after_segment")
             if output is not None:
-                for name in self._index_wanted(output):
+                for name in output.vectors:
+                    output.follow(self.state.spec)  # a vector may be dropped meanwhile
                     # Without an index rather than not at all: `_index` will try again.
                     with contextlib.suppress(Unavailable):
-                        output.record = await self._build(output, name)
+                        if name in self._index_wanted(output):
+                            output.record = await self._build(output, name)
             async with self._manifest_lock:
                 manifest = await self._in_files(self._merged, merge, output, source, rows)
                 named = True
@@ -432,7 +444,11 @@ class Upkeep:
             self.state.segment(segment).record.model_copy(update={"tombstones": tombstones})
             for segment, tombstones in zip(merge.inputs, merge.tombstones, strict=True)
         )
-        job = MergeJob(self.folder / "segments", self.spec, records, merge.output)
+        must(merge.columns is not None, "a merge that does not know its vectors")
+        assert merge.columns is not None
+        job = MergeJob(
+            self.folder / "segments", self.state.spec, records, merge.output, merge.columns
+        )
         if sum(record.rows for record in records) <= _MERGE_IN_THREAD_ROWS_MAX:
             merged = await self._in_files(write_merged, job)
         else:
@@ -441,7 +457,7 @@ class Upkeep:
         if merged.record is None:
             return None, merged.source, merged.rows
         folder = self._segment_folder(merge.output)
-        opened = await self._in_files(SealedSegment, folder, merged.record, self.spec)
+        opened = await self._in_files(SealedSegment, folder, merged.record, job.spec)
         return opened, merged.source, merged.rows
 
     def _merged(
@@ -471,7 +487,8 @@ class Upkeep:
     async def _build(self, segment: SealedSegment, name: str) -> SegmentRecord:
         """Build the graph of one vector beside its segment; returns the record that names it."""
         assert self._builder is not None
-        vector = self.spec.dense[name]
+        vector, flat = self.state.spec.dense[name], segment.vectors[name].flat
+        must(flat is not None, "an index of vectors that are gone")
         path = segment.folder / segment.index_file(name)
         temporary = path.with_name(path.name + ".new")
         job = BuildJob(
@@ -483,7 +500,7 @@ class Upkeep:
             ef_construct=vector.hnsw_ef_construct,
             output=temporary,
             threads=self._settings.index_threads,
-            of=IndexOf(self.spec.key, segment.segment_id, segment.index_file(name)),
+            of=IndexOf(self._created.key, segment.segment_id, segment.index_file(name)),
         )
         key = (segment.segment_id, name)
         try:
@@ -512,7 +529,7 @@ class Upkeep:
             return checked_sum(path)
 
         total = await self._in_files(publish)
-        segment.set_graph(name, await self._in_files(segment.open_graph, name))
+        segment.set_graph(name, await self._in_files(Graph, path, flat))
         files = {**segment.record.files, path.name: total}
         indexes = tuple(dict.fromkeys((*segment.record.indexes, name)))
         return segment.record.model_copy(update={"files": files, "indexes": indexes})
@@ -538,6 +555,31 @@ class Upkeep:
             self.manifest = manifest
         fault_point("index.after_publish")
         self._changed.set()
+
+    async def _delete_dropped(self) -> bool:
+        """Give back the space of vectors that were dropped."""
+        async with self._manifest_lock:
+            found = self._with_dropped()
+            if not found:
+                return False
+            records = {segment.segment_id: segment.without(files) for segment, files in found}
+            kept = tuple(records.get(r.segment_id, r) for r in self.manifest.segments)
+            manifest = self.manifest.model_copy(update={"segments": kept})
+            await self._in_files(write_manifest, self.folder, manifest)
+            self.manifest = manifest
+            for segment, _ in found:
+                segment.record = records[segment.segment_id]
+        fault_point("drop.after_manifest")
+        for segment, files in found:
+            for file in files:
+                await self._in_files((segment.folder / file).unlink)
+        _log.info("vectors_deleted", shard=self.folder, files=sum(len(files) for _, files in found))
+        return True
+
+    def _with_dropped(self) -> list[tuple[SealedSegment, list[str]]]:
+        """The segments with files of vectors that were dropped, and those files."""
+        applied = self.state.applied
+        return [(s, files) for s in self.state.sealed if (files := s.unused_files(applied))]
 
     # -- checking --------------------------------------------------------------------------------------
     async def _scrub_loop(self) -> None:

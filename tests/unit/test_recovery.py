@@ -81,4 +81,4 @@ def test_a_manifest_without_terms_is_of_one_term(tmp_path: Path) -> None:
     assert manifest is not None
     assert manifest.terms == ((1, 1),)
     write_manifest(tmp_path, manifest)
-    assert json.loads((tmp_path / "MANIFEST").read_bytes().split(b"\n")[0])["format"] == 2
+    assert json.loads((tmp_path / "MANIFEST").read_bytes().split(b"\n")[0])["format"] == 3

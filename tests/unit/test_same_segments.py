@@ -24,6 +24,7 @@ from shoal.errors import StorageFull
 from shoal.ids import UUID_BIT, PointIds
 from shoal.settings import StorageSettings
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeleteVectors,
@@ -45,6 +46,7 @@ from storage_node.manifest import Manifest, read_manifest
 from storage_node.recovery import recover
 from storage_node.searching import scroll
 from storage_node.upkeep import Upkeep
+from storage_node.vector_set import resolve_alter
 
 SPEC = ShardSpec(
     ShardKey(1, 0),
@@ -196,16 +198,25 @@ class Replica:
         assert files.keys() == named, "files that no manifest names stay on the disk"
         return manifest, files
 
-    def points(self) -> tuple[list[int], list[bytes]]:
+    def points(self) -> bytes:
         page = scroll(self.state.snapshot(), Scroll(limit=1000, with_vectors=True))
-        return page.ids.keys(), [page.payload_of(row) for row in range(len(page))]
+        for block in page.dense.values():
+            if block.present is not None and block.present.all():
+                block.present = None  # two ways to say the same
+        return page.to_wire().SerializeToString(deterministic=True)
 
 
 # -- a log ----------------------------------------------------------------------------------------
-def batch(rng: random.Random, keys: list[int], *, payload: bool) -> PointBatch:
+def batch(
+    rng: random.Random, keys: list[int], *, payload: bool, spec: ShardSpec = SPEC
+) -> PointBatch:
+    """With the vectors of `spec`, and at times with one that was dropped or has another length now."""
     points = PointBatch(PointIds.from_keys(keys))
     count = len(keys)
-    for name, dim in (("a", 4), ("b", 3)):
+    dims = {"a": 4, "b": 3, "a2": 5}
+    if rng.random() < 0.9:
+        dims = {name: vector.dim for name, vector in spec.dense.items() if not vector.multi}
+    for name, dim in dims.items():
         if rng.random() < 0.9:
             values = np.array([[rng.randint(-8, 8) / 4 for _ in range(dim)] for _ in keys])
             some = np.array([rng.random() < 0.8 for _ in keys])
@@ -229,20 +240,33 @@ def batch(rng: random.Random, keys: list[int], *, payload: bool) -> PointBatch:
     return points
 
 
-def some_write(rng: random.Random) -> Write:
+def some_alter(rng: random.Random, spec: ShardSpec) -> AlterVectors:
+    names = ("a", "b", "a2", "b2")
+    drop = tuple(rng.sample(names, rng.choice([0, 1, 1, 2])))
+    new = VectorSpec(rng.randint(2, 5), Distance.DOT)
+    add = {name: spec.dense.get(name, new) for name in rng.sample(names, rng.choice([0, 1, 2]))}
+    return resolve_alter(spec, AlterVectors(add, drop))
+
+
+def some_write(rng: random.Random, spec: ShardSpec) -> Write:
     keys = rng.sample(KEYS, rng.randint(1, 12))
     where = Selector(ids=PointIds.from_keys(keys))
-    match rng.choice(["upsert"] * 5 + ["delete"] * 3 + ["vectors", "drop", "set", "clear"]):
+    match rng.choice(
+        ["upsert"] * 5 + ["delete"] * 3 + ["vectors", "drop", "set", "clear", "alter"]
+    ):
+        case "alter":
+            return some_alter(rng, spec)
         case "upsert":
-            return Upsert(batch(rng, keys, payload=True))
+            return Upsert(batch(rng, keys, payload=True, spec=spec))
         case "delete":
             return Delete(where)
         case "vectors":
-            return UpdateVectors(batch(rng, keys, payload=False))
+            forget = tuple(rng.sample(["a", "a2", "s", "unknown"], rng.randint(0, 2)))
+            return UpdateVectors(batch(rng, keys, payload=False, spec=spec), forget=forget)
         case "drop":
             return DeleteVectors(where, ("b", "s"))
         case "set":
-            return SetPayload(where, b'{"n":-1}')
+            return SetPayload(where, b'{"n":-1}', forget=("b",) if rng.random() < 0.5 else ())
         case _:
             return ClearPayload(where)
 
@@ -253,7 +277,7 @@ async def write_log(replica: Replica) -> list[bytes]:
     for _ in range(ENTRIES):
         sealed = [segment.segment_id for segment in state.sealed]
         drawn = rng.random()
-        entry: LogEntry = some_write(rng)
+        entry: LogEntry = some_write(rng, state.spec)
         if drawn < 0.15:
             entry = Seal(state.new_segment_id())
         elif drawn < 0.35 and sealed and not state.merges:
@@ -303,6 +327,7 @@ def test_replicas_hold_the_same_bytes_whatever_their_timing(tmp_path: Path, seed
             assert found.terms == expected.terms
             assert found.segments == expected.segments, name
             assert found.merges == expected.merges == ()
+            assert (found.added, found.dropped) == (expected.added, expected.dropped)
             assert bytes_found == files, name
             assert replica.points() == primary.points()
             await replica.stop()
