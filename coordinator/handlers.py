@@ -219,7 +219,9 @@ async def switch_model(call: Call) -> bytes:
 
 
 async def rollback_model(call: Call) -> bytes:
-    return render_model(await call.coordinator.migrations.rollback(*await _vector(call)))
+    collection, vector = await _vector(call)
+    validate(migration.RollbackRequest, _small(call.body) or b"{}")
+    return render_model(await call.coordinator.migrations.rollback(collection, vector))
 
 
 async def drop_model(call: Call) -> bytes:

@@ -473,7 +473,11 @@ def _compared(
     judged = [
         (
             position,
-            {parse_id(_as_id(key)): gain for key, gain in (query.relevant or {}).items() if gain > 0},
+            {
+                parse_id(_as_id(key)): gain
+                for key, gain in (query.relevant or {}).items()
+                if gain > 0
+            },
         )
         for position, query in enumerate(queries)
     ]

@@ -341,6 +341,12 @@ def _import(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _migrate(arguments: list[str]) -> int:
+    from shoal.migrating import run
+
+    return run(arguments)
+
+
 def _version(arguments: list[str]) -> int:
     Parser("shoal version", "Print the version.").parse_args(arguments)
     from shoal.version import VERSION
@@ -353,6 +359,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "serve": ("run the server: everything in one process", _serve),
     "demo": ("index Python's own documentation and ask it questions", _demo),
     "import": ("load a Parquet, JSONL, CSV or .npy file into a collection", _import),
+    "migrate": ("change the model of a vector of a live collection", _migrate),
     "cluster": ("start, stop and list a cluster on this machine", _cluster),
     "coordinator": ("in a cluster: answer the public APIs", _coordinator),
     "storage-node": ("in a cluster: hold replicas of shards", _storage_node),

@@ -228,7 +228,11 @@ async def create_collection(http: httpx.AsyncClient) -> None:
             "PUT",
             f"/collections/{COLLECTION}",
             {
-                "vectors": {"size": DIMENSION, "distance": "Cosine"},
+                "vectors": {
+                    "size": DIMENSION,
+                    "distance": "Cosine",
+                    "shoal_model": DEFAULT_MODEL,
+                },
                 "metadata": {
                     "title": f"the Python {sys.version_info.major}.{sys.version_info.minor} "
                     "standard library",

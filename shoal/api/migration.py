@@ -19,6 +19,7 @@ __all__ = [
     "MigrateRequest",
     "MigrationStatus",
     "RankingQuality",
+    "RollbackRequest",
     "SwitchRequest",
 ]
 
@@ -39,6 +40,10 @@ class SwitchRequest(Strict):
     """allow_missing: also while points lack the new vector; searches do not find these then."""
 
     allow_missing: bool = False
+
+
+class RollbackRequest(Strict):
+    """Nothing to say."""
 
 
 class DropRequest(Strict):

@@ -207,6 +207,8 @@ def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> 
     vectors: dict[str, Any] = {
         name: {"size": dim, "distance": distance} for name, dim in dims.items()
     }
+    for name, model in schema.text.items():
+        vectors[name]["shoal_model"] = model
     for name in schema.multi:
         vectors[name]["multivector_config"] = {"comparator": "max_sim"}
     config: dict[str, Any] = {"vectors": vectors.get("", vectors)}
