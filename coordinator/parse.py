@@ -472,7 +472,7 @@ def check_sparse(name: str, indices: NDArray[Any], values: NDArray[Any]) -> None
 
 # -- small parts ----------------------------------------------------------------------------------
 def document(node: Any) -> tuple[str, str]:
-    """{"text", "model"?, "options"?} -> text, model; "" is the model that the vector is bound to."""
+    """{"text", "model"?, "options"?} -> text, model; "": what the vector is bound to."""
     for key in node:
         if key not in ("text", "model", "options"):
             raise _unknown(key, "a text to embed")

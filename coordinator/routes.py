@@ -128,7 +128,8 @@ _MIGRATIONS = (
     Route(
         "POST", f"{_M}/rollback", "rollback_model", handlers.rollback_model,
         "Search with the old model again",
-        request=migration.RollbackRequest, result=_MIGRATED, writes=True, options=("timeout",), tag="migration",
+        request=migration.RollbackRequest, result=_MIGRATED, writes=True,
+        options=("timeout",), tag="migration",
     ),
     Route(
         "POST", f"{_M}/drop", "drop_model", handlers.drop_model,

@@ -20,7 +20,7 @@ from coordinator.catalog import Collection
 from coordinator.generations import Pair, Stored, for_text, texts_for_second
 from coordinator.parse import PendingText, PointsWrite
 from shoal.batch import DenseBlock, PointBatch
-from shoal.encoder_api import Embedding, Encoder, ModelInfo
+from shoal.encoder_api import DEFAULT_MODEL, Embedding, Encoder, ModelInfo
 from shoal.errors import BadRequest, NotSupported, ShoalError
 from shoal.ids import format_id
 from shoal.limits import SECOND_TEXTS_MAX
@@ -81,11 +81,8 @@ class Texts:
         if pair is not None:
             second = for_text(pair, vector, model, self.models(), reading=True)
             return collection.with_others([vector] if second else [])
-        bound = collection.record.models.get(vector)
-        if bound is None and not model:
-            raise _no_model(vector)
         if model:
-            check_text(bound, vector, model, self.models())
+            check_text(collection.record.models.get(vector), vector, model, self.models())
         return collection
 
     async def query_vector(
@@ -98,10 +95,10 @@ class Texts:
     async def _embed(
         self, collection: Collection, vector: str, texts: Sequence[str], model: str
     ) -> NDArray[np.float32]:
-        """By the model that the vector is bound to, or `model` if it is not."""
+        """By the model that the vector is bound to; if it is not by `model`, or the default one."""
         bound = collection.model_of(vector)
         if bound is None:
-            return (await self.encode(texts, model)).vectors
+            return (await self.encode(texts, model or DEFAULT_MODEL)).vectors
         embedded = await self.encode(texts, bound.model, bound.fingerprint)
         if bound.fingerprint is None and embedded.fingerprint is not None:
             await self._first_seen(collection.name, vector, embedded.fingerprint)
@@ -194,7 +191,7 @@ def _put(
         if len(vector) != to.dim:
             raise BadRequest(
                 f"Wrong input: Vector dimension error: expected dim: {to.dim}, got {len(vector)}: the "
-                f"model {text.model} does not fit the vector '{text.name}'"
+                f"model {text.model or DEFAULT_MODEL} does not fit the vector '{text.name}'"
             )
         block.values[text.row] = vector
 
@@ -228,11 +225,4 @@ def _left_out(collection: Collection, generation: Stored, error: ShoalError) -> 
         collection=collection.name,
         model=generation.model.model,
         why=error.message,
-    )
-
-
-def _no_model(vector: str) -> BadRequest:
-    return BadRequest(
-        f"Wrong input: the vector '{vector}' is not bound to a model, so a text for it must name one: "
-        '{"text": "…", "model": "…"}'
     )

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from encoder.train.data import NEGATIVES_MAX, Pair, positives_by_query, read_pairs, write_pairs
 from shoal.cli import Parser
-from shoal.encoder_api import DEFAULT_MODEL
 from shoal.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Mine:
 
     collection: str
     text_field: str
-    model: str = DEFAULT_MODEL
+    model: str = ""
     using: str = ""
     negatives: int = 4
     skip: int = 5
@@ -102,7 +101,9 @@ def run(arguments: Sequence[str]) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", type=Path, help="Pairs that lack negatives, as for `train`.")
     source.add_argument("--query-field", help="Payload field with a query for the same point.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"[default {DEFAULT_MODEL}]")
+    parser.add_argument(
+        "--model", default="", help="[default: the one that the vector is bound to]"
+    )
     parser.add_argument("--using", default="", help="Name of the vector, where it has one.")
     parser.add_argument("--negatives", type=int, default=4, help="Of each pair [default 4].")
     parser.add_argument("--skip", type=int, default=5, help="Best answers left out [default 5].")

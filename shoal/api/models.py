@@ -311,8 +311,8 @@ class SparseVector(Strict):
 
 
 class Document(Strict):
-    """Text in place of a vector: the server's encoder turns it into one. model: may be left out, or
-    empty, for a vector that is bound to one."""
+    """Text in place of a vector: the server's encoder turns it into one. model: left out, or
+    empty, it is the one that the vector is bound to, else the one that comes with Shoal."""
 
     text: str
     model: str = ""

@@ -34,7 +34,6 @@ from shoal.client.values import (
     WithPayload,
     WriteResult,
 )
-from shoal.encoder_api import DEFAULT_MODEL
 from shoal.errors import BadRequest
 from shoal.limits import GRPC_STREAM_SEARCHES_MAX
 from shoal.v1 import collections_pb2, common_pb2, points_pb2
@@ -186,7 +185,7 @@ class AsyncClient:
         vector: ArrayLike | None = None,
         *,
         text: str | None = None,
-        model: str = DEFAULT_MODEL,
+        model: str = "",
         point: PointId | None = None,
         using: str = "",
         limit: int = 10,
@@ -202,7 +201,8 @@ class AsyncClient:
     ) -> Hits:
         """The `limit` best points; all of them whenever so many match the filter.
 
-        vector  (dim,) numbers. Or `text`, of which the server makes the vector by `model`; or
+        vector  (dim,) numbers. Or `text`, of which the server makes the vector by `model` ("": see
+                `Texts`); or
                 `point`, whose own vector is searched with, and which is left out itself. Without
                 any of them: points by ascending id, score 0.
         using   name of the vector to search.
@@ -288,7 +288,7 @@ class AsyncClient:
         collection: str,
         *,
         text: str | None = None,
-        model: str = DEFAULT_MODEL,
+        model: str = "",
         point: PointId | None = None,
         using: str,
         limit: int,

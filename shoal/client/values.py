@@ -16,8 +16,6 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shoal.encoder_api import DEFAULT_MODEL
-
 __all__ = [
     "Batch",
     "CollectionInfo",
@@ -69,10 +67,11 @@ class Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Texts:
-    """One text per point, which the server turns into the vector; None: this point has none."""
+    """One text per point, which the server turns into the vector; None: this point has none.
+    model: "" is the one that the vector is bound to, else the one that comes with Shoal."""
 
     texts: Sequence[str | None]
-    model: str = DEFAULT_MODEL
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

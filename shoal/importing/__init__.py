@@ -198,9 +198,13 @@ def _await(future: Future[None], chunk: Chunk, path: Path) -> None:
 
 def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> int:
     """Make the collection if there is none. Returns how many points it has."""
-    dims = {**schema.dense, **schema.multi}
-    dims |= {name: server.embedding_dim(model) for name, model in schema.text.items()}
     found = server.collection(collection)
+    dims = {**schema.dense, **schema.multi}
+    for name, model in schema.text.items():
+        if (
+            model or found is None
+        ):  # else the server knows which model a collection's vectors are of
+            dims[name] = server.embedding_dim(model or DEFAULT_MODEL)
     if found is not None:
         _check_fits(found, collection, dims)
         return int(found.get("points_count") or 0)
@@ -208,7 +212,7 @@ def _prepare(server: Server, collection: str, schema: Schema, distance: str) -> 
         name: {"size": dim, "distance": distance} for name, dim in dims.items()
     }
     for name, model in schema.text.items():
-        vectors[name]["shoal_model"] = model
+        vectors[name]["shoal_model"] = model or DEFAULT_MODEL
     for name in schema.multi:
         vectors[name]["multivector_config"] = {"comparator": "max_sim"}
     config: dict[str, Any] = {"vectors": vectors.get("", vectors)}
@@ -286,8 +290,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--model",
-        default=DEFAULT_MODEL,
-        help=f"the encoder for --text-column [default {DEFAULT_MODEL}]",
+        default="",
+        help="the encoder for --text-column [default: that of the collection; of a new one "
+        f"{DEFAULT_MODEL}]",
     )
     add(
         "--distance",
