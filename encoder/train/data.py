@@ -10,13 +10,14 @@ CSV (a JSON list, or one text) or Parquet (a list of texts, or one).
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -38,6 +39,8 @@ __all__ = [
 
 PAIRS_MAX = 10_000_000  # all are in memory: about 300 bytes each
 NEGATIVES_MAX = 64  # of one pair
+CELL_CHARACTERS_MAX = TEXT_BYTES_MAX * NEGATIVES_MAX  # of CSV, where Python's own limit is 131,072
+COLUMNS = ("query", "positive", "negatives")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +108,13 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SettingsError(f"{path}, row {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise SettingsError(f"{path}, row {number} is not a JSON object.")
@@ -119,35 +122,67 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in (reader := csv.DictReader(file)):
-            given: dict[str, Any] = {key: value for key, value in row.items() if value}
-            cell = given.get("negatives")
-            if isinstance(cell, str) and cell.startswith("["):
-                try:
-                    given["negatives"] = json.loads(cell)
-                except ValueError as error:
-                    where = f"{path}, line {reader.line_num}"
-                    raise SettingsError(f"{where}: `negatives` is no JSON list: {error}") from error
-            yield reader.line_num, given
+    csv.field_size_limit(CELL_CHARACTERS_MAX)
+    with _opened(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            _check_columns(path, reader.fieldnames or ())
+            for row in reader:
+                given: dict[str, Any] = {key: value for key, value in row.items() if value}
+                cell = given.get("negatives")
+                if isinstance(cell, str) and cell.startswith("["):
+                    given["negatives"] = _csv_list(cell, f"{path}, row {reader.line_num}")
+                yield reader.line_num, given
+        except csv.Error as error:
+            raise SettingsError(f"{path}, row {reader.line_num} is not CSV: {error}.") from error
+
+
+def _csv_list(cell: str, where: str) -> object:
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{where}: `negatives` is no JSON list: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise SettingsError(
             "Parquet is read by pyarrow, which is missing; install it with: pip install 'shoal[import]'"
         ) from error
-    file = pyarrow.parquet.ParquetFile(path)
-    wanted = [
-        name for name in ("query", "positive", "negatives") if name in file.schema_arrow.names
-    ]
     number = 0
-    for batch in file.iter_batches(columns=wanted):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        _check_columns(path, names)
+        for batch in file.iter_batches(columns=[name for name in COLUMNS if name in names]):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SettingsError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """As UTF-8, with or without the mark that Excel writes first."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8: {error}.") from error
+
+
+def _check_columns(path: Path, names: Iterable[str]) -> None:
+    there = list(names)
+    missing = [name for name in ("query", "positive") if name not in there]
+    if missing:
+        raise SettingsError(
+            f"{path} has no column {' and no column '.join(missing)}; its columns are: "
+            f"{', '.join(map(str, there)) or 'none'}."
+        )
 
 
 def _pair(row: Mapping[str, Any], where: str) -> Pair:
@@ -168,7 +203,11 @@ def _pair(row: Mapping[str, Any], where: str) -> Pair:
 def _text(value: object, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise SettingsError(f"{where}: `{name}` must be a text that is not empty.")
-    if len(value.encode()) > TEXT_BYTES_MAX:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:  # half of a pair, as in the JSON "\ud83d"
+        raise SettingsError(f"{where}: `{name}` is no text in Unicode: {error}.") from error
+    if size > TEXT_BYTES_MAX:
         raise SettingsError(f"{where}: `{name}` is longer than {TEXT_BYTES_MAX} bytes.")
     return value.strip()
 
@@ -186,7 +225,7 @@ def split_by_query(pairs: Sequence[Pair], *, queries: int, seed: int) -> Split:
     every = sorted({pair.query for pair in pairs}, key=lambda query: _order(query, seed))
     if 2 * queries > len(every):
         raise SettingsError(
-            f"There are {len(every)} different queries, too few to hold out {queries}: give "
+            f"The pairs have {len(every)} different queries, too few to hold out {queries}: give "
             "--held-out a smaller number, or bring more pairs."
         )
     chosen = set(every[:queries])

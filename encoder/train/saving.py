@@ -19,15 +19,11 @@ from shoal.errors import must
 
 __all__ = ["save_model", "unfused", "whole_parameters"]
 
-_CODE = {
-    ".py",
-    ".bin",
-    ".pt",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".ot",
-}  # weights of other kinds are old now
+# Weights in other formats would be those from before; code is not ours to hand on.
+_LEFT_OUT = {
+    *(".py", ".bin", ".pt", ".onnx", ".h5", ".msgpack", ".ot", ".safetensors"),
+    *("onnx", "openvino", "model.safetensors.index.json", ".git"),
+}
 
 
 def whole_parameters(stage: Stage, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
@@ -63,39 +59,54 @@ def save_model(
     """source      the folder that the model was loaded from.
     parameters  as `whole_parameters` gives them.
     tp          fused matrices were reordered for so many processes; they are put back.
+    Takes the place of what is in `out`, when all is written. Raises OSError.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = unfused(parameters, family, tp)
-    kept: dict[str, torch.Tensor] = {}
-    used: set[str] = set()
-    with safe_open(source.path / "model.safetensors", "pt") as file:
-        metadata = file.metadata() or {"format": "pt"}
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            name = _name_in_network(key, tensors)
-            if name is None:  # a head that sentence embeddings do not use
-                kept[key] = file.get_tensor(key)
-            else:
-                kept[key] = tensors[name].contiguous()
-                used.add(name)
-    must(
-        used == set(tensors), f"weights without a place in the file: {sorted(set(tensors) - used)}"
-    )
+    kept, metadata = _as_in_file(source.path, unfused(parameters, family, tp))
     scratch = out.with_name(out.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(
-        source.path,
-        scratch,
-        ignore=lambda folder, names: [
-            n for n in names if Path(n).suffix in _CODE or n in ("model.safetensors", "onnx")
-        ],
-    )
-    save_file(kept, scratch / "model.safetensors", metadata)
-    (scratch / "model.safetensors").chmod(0o644)
-    (scratch / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    scratch.replace(out)
+    try:
+        shutil.copytree(source.path, scratch, ignore=_not_copied)
+        save_file(kept, scratch / "model.safetensors", metadata)
+        (scratch / "model.safetensors").chmod(0o644)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        scratch.replace(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(f"The model could not be written to {out}: {error}") from error
+
+
+def _as_in_file(
+    folder: Path, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The weights under the names that the folder's files have for them, with those that sentence
+    embeddings do not use; and the files' metadata."""
+    from safetensors import safe_open
+
+    whole = folder / "model.safetensors"
+    kept: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
+    metadata: dict[str, str] = {}
+    for path in [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata |= file.metadata() or {"format": "pt"}
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                name = _name_in_network(key, tensors)
+                if name is None:
+                    kept[key] = file.get_tensor(key)
+                else:
+                    kept[key] = tensors[name].contiguous()
+                    used.add(name)
+    missing = sorted(set(tensors) - used)
+    must(not missing, f"weights without a place in the file: {missing}")
+    return kept, metadata
+
+
+def _not_copied(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).suffix in _LEFT_OUT or name in _LEFT_OUT]
 
 
 def _name_in_network(key: str, tensors: Mapping[str, torch.Tensor]) -> str | None:

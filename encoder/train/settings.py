@@ -20,6 +20,7 @@ Shard = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["float32", "bfloat16"]
 
 BUNDLED = "bundled"
+SEED_MAX = 2**32 - 1  # what all the dice take
 
 # What two runs must share for the one to go on where the other stopped. The layout is not in it.
 _SAME_TO_RESUME = (
@@ -33,8 +34,26 @@ _SAME_TO_RESUME = (
         "max_tokens",
         "seed",
         "held_out",
+        "documents",
     ),
 )
+
+# The least that a number may be, and names in --out that no model may take.
+_AT_LEAST: dict[int, tuple[str, ...]] = {
+    1: (
+        *("dp", "pp", "tp", "steps", "batch_pairs", "accumulate", "chunk_rows", "max_tokens"),
+        *("held_out", "documents", "local_period", "powersgd_rank"),
+    ),
+    0: (
+        *("negatives", "warmup_steps", "weight_decay", "clip_norm", "dropout", "seed"),
+        *("eval_every", "checkpoint_every", "staleness", "max_restarts"),
+    ),
+}
+_MORE_THAN_0 = ("lr", "scale", "timeout_s")
+_TAKEN = {
+    *("checkpoints", "tensorboard", "rejected", "lock"),
+    *("run.json", "result.json", "history.jsonl", "curves.png", "before.npz"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +107,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Raises SettingsError when parts do not fit together."""
-        for name in (
-            "dp",
-            "pp",
-            "tp",
-            "steps",
-            "batch_pairs",
-            "accumulate",
-            "chunk_rows",
-            "held_out",
-        ):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"--{_flag(name)} must be 1 or more.")
+        self._check_numbers()
+        if Path(self.name).name != self.name or self.name.startswith(".") or self.name in _TAKEN:
+            raise SettingsError(
+                f"--name {self.name!r} cannot name the model's folder in --out: give a plain name, "
+                f"none of {', '.join(sorted(_TAKEN))}."
+            )
         if self.mode == "parameter-server" and self.dp < 2:
             raise SettingsError(
                 "--mode parameter-server needs --dp 2 or more: one process keeps the parameters."
@@ -108,6 +121,12 @@ class TrainSettings:
             raise SettingsError(
                 f"--batch-pairs {self.batch_pairs} cannot be dealt evenly to {self.workers} "
                 "data-parallel processes: give a multiple of that."
+            )
+        together = self.batch_pairs if self.mode == "sync" else self.batch_pairs // self.workers
+        if together == 1 and not self.negatives:
+            raise SettingsError(
+                "A query with one text has nothing to tell apart: give a larger --batch-pairs, or "
+                "--negatives."
             )
         alone = self.pp == self.tp == 1
         if self.compress != "none" and not (alone and self.shard != "fsdp" and self.mode == "sync"):
@@ -119,11 +138,19 @@ class TrainSettings:
             raise SettingsError("--shard ddp does not go with --pp or --tp; fsdp does.")
         if self.mode != "sync" and (not alone or self.shard == "fsdp"):
             raise SettingsError(f"--mode {self.mode} needs --pp 1, --tp 1 and not --shard fsdp.")
-        if self.mode == "local-sgd" and self.checkpoint_every % self.local_period:
-            raise SettingsError(
-                "Replicas are equal only after averaging: --checkpoint-every must be a multiple of "
-                "--local-period."
-            )
+
+    def _check_numbers(self) -> None:
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise SettingsError(f"--{_flag(name)} must be {least} or more.")
+        for name in _MORE_THAN_0:
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"--{_flag(name)} must be more than 0.")
+        if not self.dropout < 1:
+            raise SettingsError("--dropout must be less than 1.")
+        if self.seed > SEED_MAX:
+            raise SettingsError(f"--seed must be {SEED_MAX} or less.")
 
     @property
     def processes(self) -> int:
@@ -146,8 +173,21 @@ class TrainSettings:
         values = asdict(self)
         return {name: values[name] for name in _SAME_TO_RESUME}
 
-    def shown(self) -> dict[str, Any]:
-        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+    def flags(self, *, without: Sequence[str] = ()) -> list[str]:
+        """The flags that say what differs from the defaults, and the seed; paths by their last
+        name only, because a card travels and folders do not."""
+        given: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in without or (value == field.default and field.name != "seed"):
+                continue
+            if field.name in ("model", "pairs"):
+                value = Path(value).name
+            if isinstance(value, bool):
+                given.append(f"--{_flag(field.name)}")
+            elif (field.name, value) != ("model", BUNDLED):
+                given += [f"--{_flag(field.name)}", str(value)]
+        return given
 
 
 _ABOUT = {

@@ -8,8 +8,7 @@ clipped by their length over the whole model; learning rate set; AdamW.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, cast
@@ -70,13 +69,14 @@ class Trainer:
         settings: TrainSettings,
         folder: ModelFolder,
         mesh: DeviceMesh,
-        positives_of: dict[str, set[str]],
+        positives_of: Mapping[str, set[str]],
     ) -> None:
         self.settings, self.mesh, self._positives_of = settings, mesh, positives_of
         self.folder = replace(folder, max_tokens=min(folder.max_tokens, settings.max_tokens))
         self._tokenizer = TextTokenizer(self.folder)
-        self._device = torch.device(mesh.device_type)
+        self.device = torch.device(mesh.device_type)
         self._places = {name: mesh[name].get_local_rank() for name in ("dp", "pp", "tp")}
+        self._powersgd: powerSGD_hook.PowerSGDState | None = None
         self.stage = self._build_stage()
         self.module = self._wrapped()
         self._in_all_stages = self._shared_parameters()
@@ -105,9 +105,8 @@ class Trainer:
         network = load_network(self.folder)
         network.requires_grad_(True)
         _set_dropout(network, self.settings.dropout)
-        config = json.loads((self.folder.path / "config.json").read_text(encoding="utf-8"))
-        self.family = family_of(str(config.get("model_type")))
-        network.to(self._device)
+        self.family = family_of(str(self.folder.config.get("model_type")))
+        network.to(self.device)
         return build_stage(network, self.family, self.mesh, self.folder.pooling)
 
     def _wrapped(self) -> nn.Module:
@@ -129,13 +128,13 @@ class Trainer:
         if settings.compress == "fp16":
             wrapped.register_comm_hook(group, default_hooks.fp16_compress_hook)
         elif settings.compress == "powersgd":
-            state = powerSGD_hook.PowerSGDState(
+            self._powersgd = powerSGD_hook.PowerSGDState(
                 group,
                 matrix_approximation_rank=settings.powersgd_rank,
                 start_powerSGD_iter=POWERSGD_START,
                 random_seed=settings.seed,
             )
-            wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+            wrapped.register_comm_hook(self._powersgd, powerSGD_hook.powerSGD_hook)
         return wrapped
 
     def _local_sgd(self) -> tuple[PostLocalSGDState, PeriodicModelAverager]:
@@ -163,12 +162,41 @@ class Trainer:
         dist.all_gather_object(names, set(own), group=self.mesh["pp"].get_group())
         return [own[name] for name in sorted(set.intersection(*names))]
 
-    def continue_at(self, step: int) -> None:
-        """Counters that the averaging keeps for itself; after a checkpoint was loaded."""
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Any] | None:
+        """What this process must keep beside parameters and moments, to go on on the same layout:
+        what PowerSGD has not sent yet, and the matrices that it starts from. None: nothing."""
+        state = self._powersgd
+        if state is None:
+            return None
+        return {
+            "iter": state.iter,
+            "errors": state.error_dict,
+            "p": state.p_memory_dict,
+            "q": state.q_memory_dict,
+        }
+
+    def continue_at(
+        self, step: int, own: Mapping[str, Any], batches: Sequence[Sequence[Pair]]
+    ) -> None:
+        """After a checkpoint was loaded: counters that torch's parts keep for themselves.
+
+        own       `own_state` as it was then; {} when there is none: PowerSGD then starts anew.
+        batches   of the step to come.
+        """
+        if isinstance(self.module, DistributedDataParallel):
+            # DDP puts gradients into other buckets after its first step. Sums over more than two
+            # processes, and what PowerSGD keeps, depend on them, so that step is taken here.
+            self.gradients(step, batches)
         if self._averaging is not None:
             state, averager = self._averaging
-            state.iter = step * self.settings.accumulate
-            averager.step = step
+            state.iter = averager.step = step
+        if self._powersgd is not None:
+            self._powersgd.iter = own.get("iter", 0)
+            self._powersgd.error_dict = dict(own.get("errors", {}))
+            self._powersgd.p_memory_dict = dict(own.get("p", {}))
+            self._powersgd.q_memory_dict = dict(own.get("q", {}))
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -222,7 +250,7 @@ class Trainer:
             + [p.positive for p in own]
             + [text for p in own for text in p.negatives]
         )
-        found = torch.zeros((), device=self._device)
+        found = torch.zeros((), device=self.device)
 
         def gradient_of(vectors: torch.Tensor) -> torch.Tensor:
             nonlocal found
@@ -243,18 +271,18 @@ class Trainer:
     def _blocked(self, batch: Sequence[Pair]) -> torch.Tensor:
         documents = [p.positive for p in batch] + [text for p in batch for text in p.negatives]
         blocked = blocked_candidates([p.query for p in batch], documents, self._positives_of)
-        return torch.from_numpy(blocked).to(self._device)
+        return torch.from_numpy(blocked).to(self.device)
 
     def tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask, (n, longest) int64, on the device."""
         tokenized = self._tokenizer.tokenize(texts)
         ids, mask = pad([t.token_ids for t in tokenized], self.folder.pad_token_id)
-        return torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device)
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def clip(self) -> float:
         """The length of the gradient over the whole model; a longer one than clip_norm is cut to it."""
         parameters = [p for p in self.stage.parameters() if p.grad is not None]
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), device=self.device)
         shared = set(self._in_all_stages)
         for parameter in parameters:
             share = 1 / self.settings.pp if parameter in shared else 1.0
@@ -268,11 +296,18 @@ class Trainer:
         return norm
 
     def average_now(self) -> None:
-        """Replicas of local SGD become equal, whatever step it is."""
-        if self.settings.mode == "local-sgd":
-            for parameter in self.stage.parameters():
-                dist.all_reduce(parameter.data, dist.ReduceOp.SUM, self.mesh["dp"].get_group())
-                parameter.data /= self.settings.dp
+        """Replicas of local SGD become equal, whatever step it is: parameters and AdamW's moments."""
+        if self.settings.mode != "local-sgd":
+            return
+        moments = [
+            value
+            for state in self.optimizer.state.values()
+            for name, value in state.items()
+            if name != "step"
+        ]
+        for tensor in [*self.stage.parameters(), *moments]:
+            dist.all_reduce(tensor.data, dist.ReduceOp.SUM, self.mesh["dp"].get_group())
+            tensor.data /= self.settings.dp
 
     # -- judging ----------------------------------------------------------------------------------
 
@@ -285,7 +320,7 @@ class Trainer:
         mine = order[self._places["dp"] :: ranks]
         every = -(-len(texts) // ranks)
         mine += [order[-1]] * (every - len(mine))  # FSDP gathers for all: as many passes everywhere
-        out = torch.zeros((len(texts), self.folder.dim), device=self._device)
+        out = torch.zeros((len(texts), self.folder.dim), device=self.device)
         for start in range(0, every, EVAL_ROWS):
             rows = mine[start : start + EVAL_ROWS]
             out[rows] = self._judged.forward(*self.tokens([texts[i] for i in rows]))

@@ -132,3 +132,46 @@ def test_gradient_is_that_of_one_process(world, tmp_path, layout):
 def test_gradient_of_other_families(world, tmp_path, model_type, layout):
     model = tiny_model(tmp_path / model_type, model_type)
     check((model, world[1]), tmp_path, **layout)
+
+
+def replayed(settings: TrainSettings) -> None:
+    """In each process: what the stage gives in the pass without a graph, and in the one with it."""
+    import torch.distributed as dist
+
+    from encoder.parallel import Layout, join_group, make_mesh
+    from encoder.train.trainer import Trainer
+
+    join_group(timeout_s=60, device="cpu")
+    mesh = make_mesh(Layout(settings.dp, settings.pp, settings.tp), "cpu")
+    trainer = Trainer(settings, ModelFolder.read(Path(settings.model)), mesh, {})
+    given: list[tuple[bool, torch.Tensor]] = []
+    trainer.stage.register_forward_hook(
+        lambda module, inputs, out: given.append((torch.is_grad_enabled(), out.detach().clone()))
+    )
+    pairs = read_pairs(settings.pairs)
+    trainer.gradients(0, [pairs])
+    # A pipeline runs its stage once more before each, to see the shapes.
+    count = -(-3 * PAIRS // settings.dp // settings.chunk_rows)
+    without, graph = ([out for g, out in given if g is wanted][-count:] for wanted in (False, True))
+    assert len(without) == len(graph) == count
+    for first, second in zip(without, graph, strict=True):
+        assert torch.equal(first, second)
+    given.clear()
+    trainer.gradients(1, [pairs])  # other dice: the first did drop something
+    other = [out for g, out in given if g][-count:]
+    assert not any(torch.equal(a, b) for a, b in zip(graph, other, strict=True))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"dp": 2, "shard": "fsdp"}, {"tp": 2}, {"pp": 2}, {"pp": 2, "schedule": "gpipe"}],
+    ids=["one", "fsdp", "tp", "1f1b", "gpipe"],
+)
+def test_the_second_pass_drops_what_the_first_one_dropped(world, tmp_path, layout):
+    model, file = world
+    settings = TrainSettings(
+        str(model), file, tmp_path, batch_pairs=PAIRS, chunk_rows=10, dropout=0.3, **layout
+    )
+    assert run_ranks(settings.processes, replayed, settings) == [0] * settings.processes

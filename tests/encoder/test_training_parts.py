@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from encoder.train.data import (
 from encoder.train.gate import judge
 from encoder.train.loss import BatchShape, blocked_candidates, gradient_of_rows, info_nce
 from encoder.train.metrics import Quality, quality, ranks_of_relevant
-from encoder.train.report import draw_curves, model_card, read_history
+from encoder.train.report import Report, draw_curves, model_card, read_history
 from encoder.train.server import Clocks
 from encoder.train.settings import TrainSettings, parse
 from encoder.train.trainer import learning_rate
@@ -196,7 +199,15 @@ def test_pairs_come_from_all_kinds_of_files(tmp_path):
         ("a.jsonl", '{"query": "q", "positive": " "}', "`positive` must be a text"),
         ("a.jsonl", '{"query": "q", "positive": "p", "negatives": 3}', "neither"),
         ("a.jsonl", "", "no pairs"),
+        ("a.jsonl", '{"query": "\\ud83d", "positive": "p"}', "no text in Unicode"),
+        ("a.jsonl", "[" * 100_000, "row 1 is not JSON"),
         ("a.csv", "query,positive,negatives\nq,p,[3\n", "no JSON list"),
+        ("a.csv", "question,answer\nq,p\n", "no column query and no column positive.*question"),
+        ("a.csv", "query,answer\nq,p\n", "no column positive; its columns are: query, answer"),
+        ("a.csv", "", "its columns are: none"),
+        ("a.csv", "query,positive\nq\n", "row 2: `positive` must be a text"),
+        ("a.csv", 'query,positive\nq,"p\nq2,p2\n', "not CSV"),
+        ("a.parquet", "query", "cannot be read as Parquet"),
         ("a.txt", "q p", "not as .txt"),
     ],
 )
@@ -204,6 +215,45 @@ def test_wrong_pairs_are_named(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(SettingsError, match=told):
         read_pairs(tmp_path / name)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    for name in ("a.jsonl", "a.csv"):
+        (tmp_path / name).write_bytes("query,positive\ncafé,p\n".encode("latin-1"))
+        with pytest.raises(SettingsError, match="not UTF-8"):
+            read_pairs(tmp_path / name)
+
+
+def test_texts_of_all_scripts_and_the_mark_of_excel(tmp_path):
+    pairs = [Pair("Ünïcödé 🧪", "日本語\u2028テキスト", ("‏עברית",)), Pair("q" * 200_000, "p")]
+    write_pairs(tmp_path / "a.jsonl", pairs)
+    assert read_pairs(tmp_path / "a.jsonl") == pairs
+    for name, text in (
+        ("a.csv", "query,positive,more\r\nq,p,m\r\n"),
+        ("b.jsonl", '{"query": "q", "positive": "p"}\r\n\r\n'),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig", newline="")
+        assert read_pairs(tmp_path / name) == [Pair("q", "p")]
+    with (tmp_path / "long.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["query", "positive"], ["q" * 200_000, "p"]])
+    assert read_pairs(tmp_path / "long.csv") == [pairs[1]]
+
+
+def test_parquet_says_what_is_wrong_with_it(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for columns, told in (
+        ({"query": ["q"], "answer": ["p"]}, "no column positive; its columns are: query, answer"),
+        ({"query": ["q", None], "positive": ["p", "p"]}, "row 2: `query` must be a text"),
+        ({"query": [1], "positive": ["p"]}, "row 1: `query` must be a text"),
+        ({"query": ["q"], "positive": ["p"], "negatives": [["n", None]]}, "`negatives` must be"),
+        ({"query": ["q"], "positive": ["p"], "negatives": [7]}, "neither a text nor a list"),
+    ):
+        parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(SettingsError, match=told):
+            read_pairs(tmp_path / "a.parquet")
+    plain = pyarrow.table({"query": ["q"], "positive": ["p"], "negatives": ["one text"]})
+    parquet.write_table(plain, tmp_path / "a.parquet")
+    assert read_pairs(tmp_path / "a.parquet") == [Pair("q", "p", ("one text",))]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -231,6 +281,33 @@ def test_the_split_depends_on_texts_and_seed_only():
 def test_too_few_queries_are_told():
     with pytest.raises(SettingsError, match="too few to hold out 31"):
         split_by_query(many(), queries=31, seed=3)
+
+
+def test_one_pair_is_too_few_whatever_is_held_out():
+    with pytest.raises(SettingsError, match="1 different queries, too few"):
+        split_by_query([Pair("q", "p")] * 5, queries=1, seed=3)
+    two = [Pair("q", "p"), Pair("q2", "p2")]
+    split = split_by_query(two, queries=1, seed=3)
+    with pytest.raises(SettingsError, match="--batch-pairs a smaller number"):
+        Batches(split.train, batch_pairs=2, negatives_per_pair=0, seed=1)
+    with pytest.raises(SettingsError, match="shares its query or positive"):
+        split_by_query([Pair("q", "p"), Pair("q2", "p")], queries=1, seed=3)
+
+
+def test_pairs_that_are_there_twice_are_no_negatives_of_each_other():
+    pair = Pair("q", "p")
+    pairs = [pair, pair, Pair("q", "other p"), Pair("r", "p")]
+    known = positives_by_query(pairs)
+    blocked = blocked_candidates([p.query for p in pairs], [p.positive for p in pairs], known)
+    assert blocked.tolist() == [
+        [False, True, True, True],
+        [True, False, True, True],
+        [True, True, False, True],
+        [True, True, False, False],
+    ]
+    split = split_by_query([*pairs, Pair("s", "t")] * 3, queries=1, seed=2)
+    judged = judged_documents(split, documents_max=1, seed=2)
+    assert len(judged.documents) == len(set(judged.documents))
 
 
 def test_judged_queries_know_all_their_documents():
@@ -289,8 +366,21 @@ def test_nobody_gets_further_ahead_than_the_bound():
         ("--dp 2 --tp 2 --compress fp16", "DDP"),
         ("--dp 2 --tp 2 --shard ddp", "fsdp does"),
         ("--mode parameter-server", "--dp 2 or more"),
-        ("--dp 2 --mode local-sgd --checkpoint-every 10 --local-period 4", "multiple"),
         ("--pp 0", "1 or more"),
+        ("--seed -1", "0 or more"),
+        (f"--seed {2**32}", "or less"),
+        ("--lr 0", "more than 0"),
+        ("--lr nan", "more than 0"),
+        ("--dropout 1", "less than 1"),
+        ("--local-period 0", "1 or more"),
+        ("--staleness -1", "0 or more"),
+        ("--batch-pairs 1", "nothing to tell apart"),
+        ("--batch-pairs 2 --dp 2 --mode local-sgd", "nothing to tell apart"),
+        ("--name ..", "plain name"),
+        ("--name .", "plain name"),
+        ("--name /etc", "plain name"),
+        ("--name a/b", "plain name"),
+        ("--name checkpoints", "plain name"),
     ],
 )
 def test_settings_that_do_not_fit_say_what_would(tmp_path, flags, told):
@@ -302,6 +392,28 @@ def test_flags_reach_their_settings(tmp_path):
     settings = parse(["--pairs", "p.jsonl", "--out", str(tmp_path), "--symmetric", "--lr", "1e-4"])
     assert isinstance(settings, TrainSettings)
     assert (settings.symmetric, settings.lr, settings.gate) == (True, 1e-4, False)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    report = Report(tmp_path, steps=3, start=0, shown=False)
+    report.step(1, loss=1.0)
+    with open("/dev/full", "w") as full:  # writing to it fails as on a full disk
+        os.dup2(full.fileno(), report._file.fileno())
+    report.step(2, loss=1.0)
+    report.step(3, loss=1.0)
+    report.close()
+    report.close()
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1]
+
+
+def test_a_run_that_begins_anew_leaves_no_line_of_an_earlier_one(tmp_path):
+    for start, kept in ((0, []), (0, []), (1, [1])):
+        report = Report(tmp_path, steps=3, start=start, shown=False)
+        assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == kept
+        for step in range(start + 1, 4):
+            report.step(step, loss=1.0)
+        report.close()
 
 
 def test_curves_of_a_history_that_a_crash_cut_off(tmp_path):
@@ -317,14 +429,24 @@ def test_curves_of_a_history_that_a_crash_cut_off(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_card_says_data_seed_and_commit():
+def test_the_card_says_data_seed_and_commit_and_how_to_do_it_again(tmp_path):
     interval = bootstrap_mean(np.array([0.1, 0.2]), 1)
+    settings = TrainSettings(
+        "bundled", tmp_path / "my pairs.jsonl", tmp_path, seed=42, symmetric=True, name="notes"
+    )
     card = model_card(
-        {"model": "bundled", "seed": 42},
-        data={"pairs": 17},
+        settings,
+        data={"pairs": 17, "file": "a|b"},
         before={"ndcg@10": interval},
         after={"ndcg@10": interval},
         verdict="Accepted.",
     )
-    for part in ("seed 42", "| pairs | 17 |", "shoal ", "| ndcg@10 | 0.1500 ["):
+    for part in (
+        *("# notes\n", "seed 42", "| pairs | 17 |", "| file | a\\|b |", "shoal 0"),
+        *("| nDCG@10 | 0.1500 [", "base_model: sentence-transformers/all-MiniLM-L6-v2"),
+        "shoal encoder train --pairs 'my pairs.jsonl' --symmetric --seed 42",
+    ):
         assert part in card
+    assert str(tmp_path) not in card
+    again = parse([*settings.flags(without=["pairs"]), "--pairs", str(settings.pairs)])
+    assert replace(again, out=tmp_path) == settings
