@@ -59,6 +59,7 @@ from shoal.metadata.schema import (
     NodeRecord,
     ShardRecord,
     collection_key,
+    migration_key,
     named_vectors,
     shard_key,
     shard_spec,
@@ -574,6 +575,7 @@ def _removal(
     record: CollectionRecord, revision: int
 ) -> tuple[list[Compare], Mapping[str, bytes], list[str]]:
     keys = [record.key, *(shard_key(record.id, key.shard) for key in record.shards())]
+    keys += [migration_key(record.id, vector) for vector in record.migrated]
     return [Compare(record.key, revision)], {}, keys
 
 

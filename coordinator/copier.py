@@ -119,22 +119,31 @@ class Copier:
     # -- who does what ----------------------------------------------------------------------------
     async def _run(self) -> None:
         while True:
-            wanted = {
-                (collection.record.id, vector): collection.name
-                for collection in self._catalog.collections()
-                for vector, migrated in collection.record.migrated.items()
-                if migrated.migration is not None
-            }
-            if wanted and not await self._ours():
-                await self._stop_all()
-            elif wanted:
-                for key, name in wanted.items():
-                    if key not in self._under_way or self._under_way[key].done():
-                        self._under_way[key] = asyncio.create_task(self._carry(name, *key))
-            self._changed.clear()
+            try:
+                busy = await self._look()
+            except Exception as error:  # else nobody would copy any more, in silence
+                _log.error("migrations_failed", error=error)
+                busy = True
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_S if wanted else None):
+                async with asyncio.timeout(_LOOK_S if busy else None):
                     await self._changed.wait()
+
+    async def _look(self) -> bool:
+        """Start what is to be done. False when there is nothing."""
+        self._changed.clear()
+        wanted = {
+            (collection.record.id, vector): collection.name
+            for collection in self._catalog.collections()
+            for vector, migrated in collection.record.migrated.items()
+            if migrated.migration is not None
+        }
+        if wanted and not await self._ours():
+            await self._stop_all()
+        elif wanted:
+            for key, name in wanted.items():
+                if key not in self._under_way or self._under_way[key].done():
+                    self._under_way[key] = asyncio.create_task(self._carry(name, *key))
+        return bool(wanted)
 
     async def _ours(self) -> bool:
         if self._leadership is None:

@@ -52,7 +52,7 @@ from shoal.vectors import VectorField, VectorFields
 __all__ = [
     "Pair",
     "Stored",
-    "check_complete",
+    "check_searchable",
     "exchanged",
     "for_text",
     "others_declared",
@@ -150,7 +150,7 @@ def for_text(
         return False
     if pair.second is not None and means(pair.second.model, model, known):
         if reading:
-            check_complete(pair, vector)
+            check_searchable(pair.exchanged(), vector)
         return True
     check_text(pair.given.model, vector, model, known)
     return False
@@ -167,14 +167,15 @@ def others_declared(pairs: Pairs, declared: str, known: Sequence[ModelInfo]) -> 
     ]
 
 
-def check_complete(pair: Pair, vector: str) -> None:
-    """Raises BadRequest when the second generation may not be searched yet."""
-    if not pair.complete and pair.second is not None:
-        raise BadRequest(
-            f"Wrong input: the vector '{vector}' is being changed to the model "
-            f"{pair.second.model.model}, and not all points have its vectors yet: search with "
-            f"{pair.given.model.model} until the switch"
-        )
+def check_searchable(pair: Pair | None, vector: str) -> None:
+    """Raises BadRequest when the given generation may not be searched yet."""
+    if pair is None or pair.complete or pair.second is None or pair.given.number == pair.current:
+        return
+    raise BadRequest(
+        f"Wrong input: the vector '{vector}' is being changed to the model {pair.given.model.model}, "
+        f"and not all points have its vectors yet: search with {pair.second.model.model} until the "
+        "switch"
+    )
 
 
 # -- reading --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from coordinator.grpc_render import (
     render_retrieved,
     render_scroll,
 )
+from coordinator.parse import PointsWrite
 from coordinator.requests import AnyWrite
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
@@ -103,6 +104,9 @@ async def search(
 ) -> points_pb2.SearchResponse:
     collection = await coordinator.catalog.find(request.collection)
     query, read = parse.query_of(request), parse.read_of(request.read)
+    if request.model:
+        collection = coordinator.texts.numbers_of(collection, request.model)
+        coordinator.texts.check_numbers(collection, request.model, (query.using,), reading=True)
     return render_hits(await coordinator.query(collection, query, read))
 
 
@@ -157,10 +161,15 @@ async def _write(
     read: Callable[[Any, VectorFields], AnyWrite], coordinator: Coordinator, request: Any
 ) -> points_pb2.WriteResult:
     collection = await coordinator.catalog.find(request.collection)
+    declared = getattr(request, "model", "")  # of writes that bring vectors
+    if declared:
+        collection = coordinator.texts.numbers_of(collection, declared)
     if request.ByteSize() > _PARSE_INLINE_BYTES_MAX:
         write = await asyncio.to_thread(read, request, collection.fields)
     else:
         write = read(request, collection.fields)
+    if declared and isinstance(write, PointsWrite):
+        coordinator.texts.check_numbers(collection, declared, write.points.dense)
     written = await coordinator.write(collection, write)
     return points_pb2.WriteResult(
         operation_id=written.operation,

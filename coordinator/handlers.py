@@ -11,12 +11,10 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from coordinator import requests
-from coordinator.binding import check_declared
 from coordinator.catalog import Collection
 from coordinator.creation import index_params
 from coordinator.describe import describe_collection, describe_status
 from coordinator.freshness import read_wanted
-from coordinator.generations import check_complete, others_declared
 from coordinator.http import Answer, Call
 from coordinator.json_body import validate
 from coordinator.metrics import CONTENT_TYPE
@@ -56,25 +54,6 @@ W = TypeVar("W")
 
 async def _collection(call: Call) -> Collection:
     return await call.coordinator.catalog.find(call.params["collection_name"])
-
-
-def _seen(call: Call, collection: Collection) -> Collection:
-    """The header `shoal-model` says which model the numbers of a request are of: a vector that is of two
-    at the moment means that one."""
-    declared = call.header(b"shoal-model")
-    if declared is None or not collection.pairs:
-        return collection
-    known = call.coordinator.models()
-    return collection.with_others(others_declared(collection.pairs, declared, known))
-
-
-def _check_model(call: Call, collection: Collection, vectors: Iterable[str]) -> None:
-    """What is bound to another model than that header says is refused."""
-    declared = call.header(b"shoal-model")
-    if declared is None or not collection.record.models:
-        return
-    bound = {name: model for name in vectors if (model := collection.model_of(name)) is not None}
-    check_declared(bound, bound, declared, call.coordinator.models())
 
 
 def _vectors_of(write: AnyWrite) -> Iterable[str]:
@@ -262,11 +241,9 @@ async def query(call: Call) -> bytes:
     collection = await _collection(call)
     request = requests.parse_query(call.body)
     if request.vector is not None:
-        seen = _seen(call, collection)
-        _check_model(call, seen, (request.using,))
-        if seen is not collection and request.using in collection.pairs:
-            check_complete(collection.pairs[request.using], request.using)
-        collection = seen
+        texts, declared = call.coordinator.texts, call.header(b"shoal-model")
+        collection = texts.numbers_of(collection, declared)
+        texts.check_numbers(collection, declared, (request.using,), reading=True)
     hits = await call.coordinator.query(collection, request, _fresh(call, collection))
     return render_hits(hits, with_vectors=request.with_vectors is not False)
 
@@ -339,7 +316,7 @@ async def clear_payload(call: Call) -> bytes:
 
 
 async def batch_update(call: Call) -> bytes:
-    collection = _seen(call, await _collection(call))
+    collection = await _written_to(call)
     writes = await _parsed(call, requests.parse_operations, collection.fields)
     _check_model(call, collection, [name for write in writes for name in _vectors_of(write)])
     done = await call.coordinator.write_all(collection, writes)
@@ -348,7 +325,7 @@ async def batch_update(call: Call) -> bytes:
 
 async def put_batch(call: Call) -> bytes:
     """A serialized PointBatch: what `shoal import` sends, four times cheaper than JSON."""
-    collection = _seen(call, await _collection(call))
+    collection = await _written_to(call)
     points = await _parsed(call, _batch_of, collection.fields)
     write = PointsWrite(points)
     _check_model(call, collection, points.dense)
@@ -364,8 +341,18 @@ def _batch_of(body: bytes, fields: VectorFields) -> PointBatch:
     return check_batch(points, fields)
 
 
+async def _written_to(call: Call) -> Collection:
+    """The header `shoal-model` says which model the numbers of a request are of."""
+    collection = await _collection(call)
+    return call.coordinator.texts.numbers_of(collection, call.header(b"shoal-model"))
+
+
+def _check_model(call: Call, collection: Collection, vectors: Iterable[str]) -> None:
+    call.coordinator.texts.check_numbers(collection, call.header(b"shoal-model"), vectors)
+
+
 async def _write(call: Call, parse: Callable[[bytes, VectorFields], AnyWrite]) -> bytes:
-    collection = _seen(call, await _collection(call))
+    collection = await _written_to(call)
     request = await _parsed(call, parse, collection.fields)
     _check_model(call, collection, _vectors_of(request))
     return _written(call, await call.coordinator.write(collection, request))

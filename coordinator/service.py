@@ -136,14 +136,14 @@ class Coordinator:
         self._node_id, self._local_node = node_id, local_node
         self._encoder = encoder
         self.catalog = Catalog(store, storage, settings, local_node)
-        self._texts = Texts(encoder, self.catalog.set_fingerprint)
+        self.texts = Texts(encoder, self.catalog.set_fingerprint)
         self.catalog.models = self.models
-        self.migrations = Migrations(self.catalog, store, self._texts, self.search, self.count)
+        self.migrations = Migrations(self.catalog, store, self.texts, self.search, self.count)
         self._copier = Copier(
             self.catalog,
             store,
             storage,
-            self._texts,
+            self.texts,
             node_id=node_id,
             advance=advanced,
             leadership=leadership,
@@ -177,7 +177,7 @@ class Coordinator:
             return await self._first_points(collection, query, read)
         to = _searched(collection.fields, query.using)
         if query.text is not None:
-            collection = self._texts.seen_by(collection, query.using, query.text.model)
+            collection = self.texts.seen_by(collection, query.using, query.text.model)
             to = collection.fields.dense[query.using]
         pairs = collection.pairs
         search = Search(
@@ -234,7 +234,7 @@ class Coordinator:
         if query.vector is not None:
             raw = query.vector
         elif query.text is not None:
-            embedded = await self._texts.query_vector(
+            embedded = await self.texts.query_vector(
                 collection, query.using, query.text.text, query.text.model
             )
             raw = embedded.astype(np.float64)
@@ -370,10 +370,10 @@ class Coordinator:
         if not isinstance(request, PointsWrite):
             return [stored_write(request, pairs) if pairs else request]
         if request.texts:
-            await self._texts.fill(collection, request)
+            await self.texts.fill(collection, request)
         prepare_points(request.points, collection.fields)
         if pairs:
-            await self._texts.add_second(collection, request)
+            await self.texts.add_second(collection, request)
             request.update_filter = stored_filter(request.update_filter, pairs)
         if not request.vectors_only:
             return [Upsert(request.points, request.update_filter, request.mode)]
@@ -453,10 +453,10 @@ class Coordinator:
         self, texts: Sequence[str], model: str, fingerprint: str | None = None
     ) -> Embedding:
         """Texts of no collection. Raises NotSupported when there is no encoder."""
-        return await self._texts.encode(texts, model, fingerprint)
+        return await self.texts.encode(texts, model, fingerprint)
 
     def models(self) -> list[ModelInfo]:
-        return self._texts.models()
+        return self.texts.models()
 
 
 def _searched(fields: VectorFields, using: str) -> VectorField:

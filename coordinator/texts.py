@@ -9,15 +9,22 @@ not be missing.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.binding import check_text
+from coordinator.binding import check_declared, check_text
 from coordinator.catalog import Collection
-from coordinator.generations import Pair, Stored, for_text, texts_for_second
+from coordinator.generations import (
+    Pair,
+    Stored,
+    check_searchable,
+    for_text,
+    others_declared,
+    texts_for_second,
+)
 from coordinator.parse import PendingText, PointsWrite
 from shoal.batch import DenseBlock, PointBatch
 from shoal.encoder_api import DEFAULT_MODEL, Embedding, Encoder, ModelInfo
@@ -72,6 +79,33 @@ class Texts:
                 "vectors, or start it with the encoder"
             )
         return self._encoder
+
+    # -- numbers that say whose they are ----------------------------------------------------------
+    def numbers_of(self, collection: Collection, declared: str | None) -> Collection:
+        """As a request sees it whose vectors are of the model `declared`, a name or a fingerprint: a
+        vector that is of two models at the moment means that one."""
+        if not declared or not collection.pairs:
+            return collection
+        others = others_declared(collection.pairs, declared, self.models())
+        return collection.with_others(others)
+
+    def check_numbers(
+        self,
+        seen: Collection,
+        declared: str | None,
+        vectors: Iterable[str],
+        *,
+        reading: bool = False,
+    ) -> None:
+        """seen: by `numbers_of`. Raises BadRequest for a vector that is bound to another model, and one
+        that may not be read yet."""
+        if not declared or not seen.record.models:
+            return
+        bound = {name: model for name in vectors if (model := seen.model_of(name)) is not None}
+        check_declared(bound, bound, declared, self.models())
+        if reading:
+            for name in bound:
+                check_searchable(seen.pairs.get(name), name)
 
     # -- queries ----------------------------------------------------------------------------------
     def seen_by(self, collection: Collection, vector: str, model: str) -> Collection:

@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +85,7 @@ def _start(migration: _Migration, arguments: argparse.Namespace) -> int:
                 left = status["left"] - (status.get("without_text") or 0)
                 if status["phase"] == "copying" and left <= 0:
                     break
-                time.sleep(_LOOK_S)
+                threading.Event().wait(_LOOK_S)
     except KeyboardInterrupt:
         print("The server goes on; `shoal migrate status` tells how far it is.", file=sys.stderr)
         return 130

@@ -299,7 +299,7 @@ function showState() {
       ["On disk", bytes(current.bytes_on_disk)],
       ...Object.entries(current.vectors)
         .filter(([, vector]) => vector.migration)
-        .map(([name, vector]) => [name ? `Model of ${name}` : "Model", migrationText(vector)]),
+        .map(([name, vector]) => [name ? `Change of ${name}` : "Change", migrationText(vector)]),
     );
   }
   if (status.disk) lines.push(["Disk free", bytes(status.disk.free_bytes)]);

@@ -201,10 +201,11 @@ class AsyncClient:
     ) -> Hits:
         """The `limit` best points; all of them whenever so many match the filter.
 
-        vector  (dim,) numbers. Or `text`, of which the server makes the vector by `model` ("": see
-                `Texts`); or
-                `point`, whose own vector is searched with, and which is left out itself. Without
-                any of them: points by ascending id, score 0.
+        vector  (dim,) numbers. Or `text`, of which the server makes the vector; or `point`, whose own
+                vector is searched with, and which is left out itself. Without any of them: points by
+                ascending id, score 0.
+        model   of the text ("": see `Texts`), or whose numbers `vector` is: refused if the vector that
+                is searched is of another; "" does not say.
         using   name of the vector to search.
         offset  leave out so many of the best.
         filter  as the HTTP API has it: {"must": [{"key": "year", "range": {"lt": 1985}}]}.
@@ -231,6 +232,7 @@ class AsyncClient:
             if request.WhichOneof("query") is not None:
                 raise BadRequest("Wrong input: give one of vector, text and point")
             request.vector = encode.vector_bytes(vector)
+            request.model = model
         found = await self._core.run(
             lambda connection, left: connection.search(request, left), timeout_s=timeout_s
         )
@@ -241,6 +243,7 @@ class AsyncClient:
         collection: str,
         vectors: ArrayLike,
         *,
+        model: str = "",
         using: str = "",
         limit: int = 10,
         offset: int = 0,
@@ -253,7 +256,8 @@ class AsyncClient:
         consistency: Consistency = "default",
         timeout_s: float | None = None,
     ) -> list[Hits]:
-        """One search for each row of `vectors`, (n, dim), in order. All of them, or an error."""
+        """One search for each row of `vectors`, (n, dim), in order. All of them, or an error. model:
+        see `search`."""
         request = self._search_request(
             collection,
             using=using,
@@ -277,6 +281,7 @@ class AsyncClient:
                 search = batch.searches.add()
                 search.CopyFrom(request)
                 search.vector = encode.vector_bytes(row)
+                search.model = model
             answer = await self._ask(
                 "Points/SearchBatch", batch, points_pb2.SearchBatchResponse, timeout_s
             )
@@ -433,6 +438,7 @@ class AsyncClient:
         vectors: Vectors | None = None,
         payloads: Sequence[Mapping[str, Any] | None] | None = None,
         *,
+        model: str = "",
         update_filter: Filter | None = None,
         update_mode: UpdateMode = "upsert",
         idempotent: bool = False,
@@ -444,12 +450,13 @@ class AsyncClient:
         vectors   (n, dim) for the unnamed vector, or name -> column: an array, `Dense`, `Texts`,
                   `Sparse`, `Multi`.
         payloads  n dicts; None: none.
+        model     whose the numbers are: refused if a vector is of another; "" does not say.
         update_filter  points that exist are replaced only if they match.
         idempotent     nobody else writes these ids now, so the write may be sent again when it is
                        not known whether it happened.
         """
         request = self._upsert_request(
-            collection, Batch(ids, vectors, payloads), update_filter, update_mode
+            collection, Batch(ids, vectors, payloads), update_filter, update_mode, model
         )
         return await self._write("Points/Upsert", collection, request, idempotent, timeout_s)
 
@@ -459,6 +466,7 @@ class AsyncClient:
         batch: Batch,
         update_filter: Filter | None = None,
         update_mode: UpdateMode = "upsert",
+        model: str = "",
     ) -> points_pb2.UpsertRequest:
         mode = _MODES.get(update_mode)
         if mode is None:
@@ -471,6 +479,7 @@ class AsyncClient:
             update_filter=encode.filter_bytes(update_filter),
             update_mode=mode,
             wait=True,
+            model=model,
         )
 
     async def upload(
@@ -518,14 +527,16 @@ class AsyncClient:
         ids: Ids,
         vectors: Vectors,
         *,
+        model: str = "",
         update_filter: Filter | None = None,
         idempotent: bool = False,
         timeout_s: float | None = None,
     ) -> WriteResult:
         """Replace these vectors and keep the rest of each point. Raises NotFound when one of the
-        points does not exist, after the others were changed."""
+        points does not exist, after the others were changed. model: see `upsert`."""
         points, texts = encode.points_of(Batch(ids, vectors))
         request = points_pb2.UpdateVectorsRequest(
+            model=model,
             collection=collection,
             points=points,
             texts=texts,

@@ -36,7 +36,7 @@ class Text(_message.Message):
     def __init__(self, text: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
-    __slots__ = ("collection", "vector", "point", "text", "using", "limit", "offset", "filter", "score_threshold", "exact", "ef", "with_payload", "with_vectors", "read")
+    __slots__ = ("collection", "vector", "point", "text", "using", "limit", "offset", "filter", "score_threshold", "exact", "ef", "with_payload", "with_vectors", "read", "model")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class SearchRequest(_message.Message):
     WITH_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     WITH_VECTORS_FIELD_NUMBER: _ClassVar[int]
     READ_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     collection: str
     vector: bytes
     point: _common_pb2.PointId
@@ -65,7 +66,8 @@ class SearchRequest(_message.Message):
     with_payload: _common_pb2.PayloadSelector
     with_vectors: _common_pb2.VectorSelector
     read: _common_pb2.ReadOptions
-    def __init__(self, collection: _Optional[str] = ..., vector: _Optional[bytes] = ..., point: _Optional[_Union[_common_pb2.PointId, _Mapping]] = ..., text: _Optional[_Union[Text, _Mapping]] = ..., using: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., filter: _Optional[bytes] = ..., score_threshold: _Optional[float] = ..., exact: bool = ..., ef: _Optional[int] = ..., with_payload: _Optional[_Union[_common_pb2.PayloadSelector, _Mapping]] = ..., with_vectors: _Optional[_Union[_common_pb2.VectorSelector, _Mapping]] = ..., read: _Optional[_Union[_common_pb2.ReadOptions, _Mapping]] = ...) -> None: ...
+    model: str
+    def __init__(self, collection: _Optional[str] = ..., vector: _Optional[bytes] = ..., point: _Optional[_Union[_common_pb2.PointId, _Mapping]] = ..., text: _Optional[_Union[Text, _Mapping]] = ..., using: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., filter: _Optional[bytes] = ..., score_threshold: _Optional[float] = ..., exact: bool = ..., ef: _Optional[int] = ..., with_payload: _Optional[_Union[_common_pb2.PayloadSelector, _Mapping]] = ..., with_vectors: _Optional[_Union[_common_pb2.VectorSelector, _Mapping]] = ..., read: _Optional[_Union[_common_pb2.ReadOptions, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class SearchResponse(_message.Message):
     __slots__ = ("points", "scores")
@@ -202,20 +204,22 @@ class TextColumn(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., present: _Optional[bytes] = ...) -> None: ...
 
 class UpsertRequest(_message.Message):
-    __slots__ = ("collection", "points", "texts", "update_filter", "update_mode", "wait")
+    __slots__ = ("collection", "points", "texts", "update_filter", "update_mode", "wait", "model")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     POINTS_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FILTER_FIELD_NUMBER: _ClassVar[int]
     UPDATE_MODE_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     collection: str
     points: _ops_pb2.PointBatch
     texts: _containers.RepeatedCompositeFieldContainer[TextColumn]
     update_filter: bytes
     update_mode: UpdateMode
     wait: bool
-    def __init__(self, collection: _Optional[str] = ..., points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., texts: _Optional[_Iterable[_Union[TextColumn, _Mapping]]] = ..., update_filter: _Optional[bytes] = ..., update_mode: _Optional[_Union[UpdateMode, str]] = ..., wait: bool = ...) -> None: ...
+    model: str
+    def __init__(self, collection: _Optional[str] = ..., points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., texts: _Optional[_Iterable[_Union[TextColumn, _Mapping]]] = ..., update_filter: _Optional[bytes] = ..., update_mode: _Optional[_Union[UpdateMode, str]] = ..., wait: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class UpsertStreamRequest(_message.Message):
     __slots__ = ("tag", "upsert", "timeout_ms")
@@ -238,18 +242,20 @@ class UpsertStreamResponse(_message.Message):
     def __init__(self, tag: _Optional[int] = ..., result: _Optional[_Union[WriteResult, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class UpdateVectorsRequest(_message.Message):
-    __slots__ = ("collection", "points", "texts", "update_filter", "wait")
+    __slots__ = ("collection", "points", "texts", "update_filter", "wait", "model")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     POINTS_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FILTER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     collection: str
     points: _ops_pb2.PointBatch
     texts: _containers.RepeatedCompositeFieldContainer[TextColumn]
     update_filter: bytes
     wait: bool
-    def __init__(self, collection: _Optional[str] = ..., points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., texts: _Optional[_Iterable[_Union[TextColumn, _Mapping]]] = ..., update_filter: _Optional[bytes] = ..., wait: bool = ...) -> None: ...
+    model: str
+    def __init__(self, collection: _Optional[str] = ..., points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., texts: _Optional[_Iterable[_Union[TextColumn, _Mapping]]] = ..., update_filter: _Optional[bytes] = ..., wait: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class PointSelector(_message.Message):
     __slots__ = ("ids", "filter")
