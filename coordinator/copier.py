@@ -199,6 +199,7 @@ class _Carrying:
         self._catalog, self._storage = copier._catalog, copier._storage
         self._progress = _Progress()
         self._pause_s = limits.COPY_PAUSE_S_MIN
+        self._page = 1  # points to ask for at once: payloads may be large, and nobody says how large
         self._free_at = 0.0  # when the rate allows the next points
         self.changed = asyncio.Event()  # some record
 
@@ -301,12 +302,17 @@ class _Carrying:
     async def _lacking(self, shard: ShardKey, pair: Pair, start: int) -> PointBatch:
         assert pair.second is not None
         wanted = Scroll(
-            limit=limits.COPY_POINTS,
+            limit=self._page,
             start=start,
             filter=missing(pair.given, pair.second),
             with_payload=True,
         )
-        return await self._storage.scroll(shard, wanted, Read(strong=True))
+        points = await self._storage.scroll(shard, wanted, Read(strong=True))
+        if len(points.payload) > limits.COPY_PAGE_BYTES_TARGET:
+            self._page = max(1, self._page // 2)
+        else:
+            self._page = min(limits.COPY_POINTS, 2 * self._page)
+        return points
 
     async def _copy(self, shard: ShardKey, points: PointBatch, pair: Pair) -> int:
         """Make the second vector of these points. Returns how many had a text."""

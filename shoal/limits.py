@@ -101,6 +101,8 @@ RPC_SERVER_ANSWER_BYTES_MAX = (
 )  # finished and not yet taken: then its caller is read no further
 BUS_QUEUE_MESSAGES_MAX = 8_192  # waiting for one peer; more are dropped, the replica sends again
 BUS_QUEUE_BYTES_MAX = 64 * MIB
+COMPLAINT_S = 60.0  # between two lines of the log about messages of one peer that cannot be read
+COMPLAINT_PEERS_MAX = 1_024  # peers of which this is remembered
 ERROR_TEXT_BYTES_MAX = 2 * KIB  # of an error in gRPC metadata, which holds 8 KiB in all
 APPLY_QUEUE_BYTES_MAX = 256 * MIB  # committed and not yet applied; more, and the replica stops
 CLOSE_WAIT_S = 1.0  # of a replica that closes, for the acknowledgements of others
@@ -116,6 +118,7 @@ SECOND_TEXTS_MAX = (
     64  # of payloads, that one write embeds for the other model; more are copied later
 )
 COPY_POINTS = 64  # that the background copy embeds and writes at once
+COPY_PAGE_BYTES_TARGET = 4 * MIB  # payloads that it reads for that
 COPY_PAUSE_S_MIN, COPY_PAUSE_S_MAX = 1.0, 30.0  # between two looks while there is nothing to copy
 PROGRESS_S = 2.0  # how often a copy says in the metadata store how far it is
 DROP_GRACE_S = 10.0  # requests that began before a drop may still read the vectors for so long
@@ -124,4 +127,5 @@ COMPARED_QUERIES_MAX = 1_000  # of one comparison: each is embedded and searched
 
 # -- the encoder ----------------------------------------------------------------------------------
 ENCODER_BATCH_TOKENS_MAX = 2_048  # of one forward pass, padding included: what a query waits for
+ENCODER_QUERY_TEXTS_MAX = 8  # of one request; with more it is an import, and queries go before it
 ENCODER_QUEUE_TOKENS_MAX = 262_144  # that wait for one group: about a minute of a small one's work
