@@ -67,6 +67,7 @@ class FailoverRules:
                            nodes come back, and then the tail of a log is enough.
     joining_stuck_s        how long a joining replica may stand still before it makes room. Files
                            show no progress here, so this must cover the copying of one shard.
+    unread_stuck_s         the same for one whose primary does not understand it, or it the primary.
     interval_s             between two looks. ask_timeout_s: for one node's answer.
     """
 
@@ -76,6 +77,7 @@ class FailoverRules:
     missing_s: float = 30.0
     rereplicate_after_s: float = 60.0
     joining_stuck_s: float = 3_600.0
+    unread_stuck_s: float = 60.0
     interval_s: float = 1.0
     ask_timeout_s: float = 2.0
 
@@ -191,6 +193,8 @@ def decide(view: ClusterView, rules: FailoverRules) -> Plan:
     left = [shard for shard in left if not planner.join(shard)]
     for shard in left:
         planner.leave(shard)
+    for shard in shards:
+        planner.look_at_messages(shard)
     planner.look_at_nodes()
     findings = sorted(planner.findings, key=lambda found: -_SEVERITY[found.state])
     return Plan(tuple(planner.actions[: limits.ACTIONS_PER_ROUND_MAX]), tuple(findings))
@@ -365,7 +369,13 @@ class _Planner:
             return None
         if not node.writable and view.held_s(full(node.id)) >= rules.grace_s:
             return f"The disk of the joining node {node.id} is full."
-        if view.held_s(joining_at(shard, node)) >= rules.joining_stuck_s:
+        still_s = view.held_s(joining_at(shard, node))
+        if still_s >= rules.unread_stuck_s and self._misunderstood(shard, node):
+            return (
+                f"The joining replica on {node.id} has stood still for {still_s:.0f} s; it and the "
+                f"primary {shard.record.primary} cannot read each other: {_VERSIONS}"
+            )
+        if still_s >= rules.joining_stuck_s:
             return (
                 f"The joining replica on {node.id} has stood still for {rules.joining_stuck_s:g} s."
             )
@@ -375,6 +385,13 @@ class _Planner:
                 if old is not None and old.durable > 0 and self._has_room(back.id):
                     return f"{back.id} came back with a copy, and {node.id} has nothing yet."
         return None
+
+    def _misunderstood(self, shard: ShardView, node: NodeView) -> bool:
+        leader = self.view.node(shard.record.primary)
+        here, there = node.replica(shard.key), leader.replica(shard.key)
+        return (here is not None and here.unread == leader.id) or (
+            there is not None and there.unread == node.id
+        )
 
     def join(self, shard: ShardView) -> bool:
         record = shard.record
@@ -466,6 +483,14 @@ class _Planner:
             self.actions.append(Leave(shard.key, shard.revision, node.id, reason))
             return
 
+    def look_at_messages(self, shard: ShardView) -> None:
+        """Whoever runs an older version may take no part in some things that its peers do."""
+        for name in shard.record.members():
+            replica = self.view.node(name).replica(shard.key)
+            if replica is not None and replica.unread:
+                why = f"{name} cannot read what {replica.unread} says: {_VERSIONS}"
+                self._find(Health.YELLOW, shard, why)
+
     def look_at_nodes(self) -> None:
         """A sentence for every node that holds copies and is away."""
         for name in sorted(self.view.nodes):
@@ -491,4 +516,5 @@ class _Planner:
         self.findings.append(Finding(state, shard.key, f"{name}: {reason}"))
 
 
+_VERSIONS = "do they run versions of Shoal that do not know each other?"
 _SEVERITY = {Health.GREEN: 0, Health.YELLOW: 1, Health.RED: 2}

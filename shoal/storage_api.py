@@ -321,6 +321,8 @@ class ReplicaStatus:
     durable   last sequence number on its disk; committed: last one that all in-sync replicas hold
     writable  False while its disk is too full to take writes
     metadata_lost_s  how long ago this node last heard from the metadata store; 0 while it does
+    unread    the node that said, within the last minute, what this replica could not read: it runs
+              another version; "" for none
     """
 
     node: str
@@ -332,6 +334,7 @@ class ReplicaStatus:
     key: ShardKey
     info: ShardInfo
     metadata_lost_s: float = 0.0
+    unread: str = ""
 
 
 class Node(Protocol):

@@ -13,6 +13,7 @@ that lost everything (a new etcd under an old address) deletes nothing here.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from storage_node.replica_wire import decode_message, encode_message
 from storage_node.shard import Shard
 from storage_node.shared_builder import SharedBuilder
 from storage_node.transfer import discard, download, finish_install, install
+from storage_node.unread import Unread
 
 __all__ = ["ClusterNode"]
 
@@ -90,6 +92,7 @@ class ClusterNode:
         )
         self._store, self._send, self._sources = store, send, sources
         self._metadata_lost, self._settings = metadata_lost, settings
+        self._unread = Unread()
         self._fetching: dict[ShardKey, asyncio.Task[None]] = {}
         self._repairing: set[ShardKey] = set()  # reconciled again in a while
         self._records = Watched(
@@ -301,12 +304,23 @@ class ClusterNode:
         self._send(to, envelope, len(body))  # a lost one is sent again when nobody answers
 
     def deliver(self, message: ReplicaMessage) -> None:
-        """From the bus. Raises BadRequest for what no replica says."""
+        """From the bus. Raises BadRequest for what no replica of this version says; the shard's
+        status tells of it, see ReplicaStatus.unread."""
         if message.to != self.node:
             raise BadRequest(f"Bad request: a message for {message.to!r} came to {self.node!r}")
-        shard = self.storage.find(ShardKey(message.collection_id, message.shard))
-        if shard is not None:
-            shard.receive(message.sender, decode_message(message.body))
+        key = ShardKey(message.collection_id, message.shard)
+        shard = self.storage.find(key)
+        if shard is None:
+            return
+        try:
+            said = decode_message(message.body)
+        except BadRequest:
+            self._unread.note(key, message.sender, time.monotonic())
+            raise
+        shard.receive(message.sender, said)
+
+    def unread(self, shard: ShardKey) -> str:
+        return self._unread.sender(shard, time.monotonic())
 
     async def propose(self, shard: ShardKey, config: Config) -> Config:
         """Returns the record as it is afterwards, ours or another. An uncertain change is repeated:

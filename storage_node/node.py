@@ -16,6 +16,7 @@ import contextlib
 import resource
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shoal import telemetry
@@ -84,6 +85,9 @@ class Alone:
 
     def fetch_files(self, shard: ShardKey, source: str) -> None:
         raise InvariantError(f"files wanted from {source}, and there are no other nodes")
+
+    def unread(self, shard: ShardKey) -> str:
+        return ""
 
 
 class StorageNode:
@@ -293,7 +297,10 @@ class StorageNode:
 
     async def status(self) -> list[ReplicaStatus]:
         lost_s = self._membership.metadata_lost_s
-        return [shard.status(lost_s) for shard in self._shards.values()]
+        unread = self._membership.unread
+        return [
+            replace(shard.status(lost_s), unread=unread(key)) for key, shard in self._shards.items()
+        ]
 
     async def info(self, shard: ShardKey) -> ShardInfo:
         found = self._shards.get(shard)

@@ -11,6 +11,7 @@ limits.RPC_SERVER_IN_FLIGHT_MAX requests of all callers the answer is Busy.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, cast
 
@@ -44,6 +45,7 @@ from shoal.rpc.channel import (
 from shoal.rpc.faults import rpc_code, to_trailer
 from shoal.storage_api import Guard, Node, ShardKey
 from shoal.telemetry import logger
+from storage_node.unread import Complaints
 
 __all__ = ["NodeServer", "serve_node"]
 
@@ -93,6 +95,7 @@ class NodeServer:
         self._health = health.HealthServicer()
         self._sessions: set[_Session] = set()
         self._closing = False
+        self._complaints = Complaints()  # about messages of other replicas
         self.work: set[asyncio.Task[None]] = set()  # requests being answered
         self.port = 0
 
@@ -298,15 +301,29 @@ class NodeServer:
             await _abort(context, NotSupported(f"storage node {self._node_id} has no replicas"))
         await context.send_initial_metadata(node_metadata(self._node_id))
         async for batch in batches:
-            try:
-                for message in batch.messages:
+            for message in batch.messages:
+                try:
                     deliver(message)
-            except Exception as error:  # ours; the call ends, and the sender makes a new one
-                _log.error("message_failed", node=self._node_id, error=error)
-                await _abort(context, Unavailable(f"storage node {self._node_id} failed"))
+                except Exception as error:  # as if lost on the way: no other shard is to suffer
+                    self._drop(message, error)
             if self._closing:
                 break
         return pb.ReplicateReply()
+
+    def _drop(self, message: ReplicaMessage, error: Exception) -> None:
+        count = self._complaints.dropped(message.sender, time.monotonic())
+        if count is None:
+            return
+        about = {
+            "node": self._node_id,
+            "sender": message.sender,
+            "shard": f"{message.collection_id}/{message.shard}",
+            "dropped": count,
+        }
+        if isinstance(error, BadRequest):  # it may run another version
+            _log.warning("message_not_read", why=error.message, **about)
+        else:  # ours
+            _log.error("message_failed", error=error, **about)
 
     async def _check_meant(self, context: Context) -> None:
         for name, value in context.invocation_metadata() or ():

@@ -628,6 +628,7 @@ def encode_status(statuses: Iterable[ReplicaStatus]) -> pb.StatusReply:
             writable=status.writable,
             info=_encode_info(status.info),
             metadata_lost_s=status.metadata_lost_s,
+            unread=status.unread,
         )
     return reply
 
@@ -644,6 +645,7 @@ def decode_status(reply: pb.StatusReply) -> list[ReplicaStatus]:
             key=decode_key(status.key),
             info=decode_info(status.info),
             metadata_lost_s=status.metadata_lost_s,
+            unread=status.unread,
         )
         for status in reply.replicas
     ]

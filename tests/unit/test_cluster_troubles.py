@@ -12,11 +12,12 @@ import pytest
 from small_cluster import KEY, World, points, world
 
 from shoal import limits
-from shoal.errors import NotPrimary, ShoalError, StorageFull, TimedOut, Unavailable
+from shoal.errors import BadRequest, NotPrimary, ShoalError, StorageFull, TimedOut, Unavailable
 from shoal.files_api import FileSnapshot
 from shoal.index_api import BuildJob
 from shoal.metadata.contract import Uncertain
 from shoal.metadata.schema import CollectionRecord, shard_spec
+from shoal.node.v1.replication_pb2 import ReplicaMessage
 from shoal.storage_api import Guard, ShardKey, UpdateMode, Upsert
 from storage_node import member, replica
 from storage_node.entries import Seal
@@ -337,5 +338,25 @@ def test_a_cut_waits_for_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             await w.change(joining=["a"])
             await w.in_sync("a", "b", "c")
             assert w.shard("a").stopped is None
+
+    asyncio.run(main())
+
+
+def test_a_replica_says_whom_it_cannot_read(tmp_path: Path) -> None:
+    """A peer of another version; and the messages that can be read still count."""
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            await w.write("a", 1)
+            strange = ReplicaMessage(sender="b", to="a", collection_id=1, shard=0, body=b"\x08\x01")
+            with pytest.raises(BadRequest):
+                w.nodes["a"].deliver(strange)
+            await w.write("a", 2)
+            said = {name: await w.nodes[name].storage.status() for name in "abc"}
+            assert {name: status[0].unread for name, status in said.items()} == {
+                "a": "b",
+                "b": "",
+                "c": "",
+            }
 
     asyncio.run(main())

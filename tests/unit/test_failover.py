@@ -42,9 +42,10 @@ def replica(
     writable: bool = True,
     lost_s: float = 0.0,
     stopped: str | None = None,
+    unread: str = "",
 ) -> ReplicaStatus:
     info = ShardInfo(stopped=stopped)
-    return ReplicaStatus(node, role, term, durable, durable, writable, key, info, lost_s)
+    return ReplicaStatus(node, role, term, durable, durable, writable, key, info, lost_s, unread)
 
 
 def node(
@@ -375,6 +376,21 @@ def test_a_joiner_that_stands_still_makes_room():
     assert not plan(shard("s1 s2", "s3"), *sound("s1", "s2"), stuck, held_s=3_599).actions
     found = only(plan(shard("s1 s2", "s3"), *sound("s1", "s2"), stuck, held_s=3_601))
     assert isinstance(found, CancelJoining)
+
+
+@pytest.mark.parametrize(("primary", "joiner"), [("", "s1"), ("s3", "")])
+def test_replicas_that_cannot_read_each_other_do_not_stall_in_silence(primary, joiner):
+    nodes = [
+        node("s1", replica(unread=primary)),
+        *sound("s2"),
+        node("s3", replica(durable=5, role="joining", unread=joiner)),
+    ]
+    waiting = plan(shard("s1 s2", "s3"), *nodes, held_s=59)
+    assert not waiting.actions
+    assert any("cannot read what" in each.reason for each in waiting.findings)
+    found = only(plan(shard("s1 s2", "s3"), *nodes, held_s=61))
+    assert isinstance(found, CancelJoining)
+    assert "cannot read each other" in found.reason
 
 
 def test_a_copy_that_comes_back_replaces_a_new_one_that_has_nothing_yet():

@@ -11,7 +11,7 @@ import pytest
 from fakes.node import FakeNode, Wire, in_loop, until
 
 from shoal import limits
-from shoal.errors import Unavailable
+from shoal.errors import BadRequest, Unavailable
 from shoal.metadata.contract import Event
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import NodeRecord, NodeRole
@@ -22,6 +22,7 @@ from shoal.rpc.channel import RpcSettings
 from shoal.rpc.client import NodeClient
 from shoal.rpc.directory import Nodes
 from storage_node.service import NodeServer, serve_node
+from storage_node.unread import Complaints
 
 HOST = "127.0.0.1"
 QUICK = RpcSettings(keepalive_s=0.3, connect_timeout_s=1.0, reconnect_s_max=0.05)
@@ -102,6 +103,43 @@ async def test_nobody_waits_for_a_peer_that_is_not_there():
         addresses["s2"] = f"{HOST}:{await peer.start()}"  # it came back, elsewhere
         await send_until_heard(bus, peer, 3)
         assert set(peer.numbers()) == {3}
+
+
+@in_loop
+async def test_a_message_that_cannot_be_read_costs_itself_alone(caplog):
+    """A node of another version says what this one does not know: the connection, the other messages
+    and the other shards are none the worse, and the log says so once."""
+    async with pair() as (bus, peer, _):
+
+        def deliver(heard: ReplicaMessage) -> None:
+            if heard.shard % 3 == 1:
+                raise BadRequest("Bad request: replicas of this version do not say that")
+            if heard.shard == 5:
+                raise RuntimeError("a bug")
+            peer.heard.append(heard)
+
+        assert peer.server is not None
+        peer.server._deliver = deliver
+        for number in range(12):
+            assert bus.send("s2", message(number), 10)
+        await until(lambda: len(peer.heard) == 7)
+        assert peer.numbers() == [0, 2, 3, 6, 8, 9, 11]
+        assert bus.connected("s2")
+        told = [r for r in caplog.records if "message_not_read" in r.getMessage()]
+        assert len(told) == 1, told
+        fields = told[0].fields
+        assert (fields["sender"], fields["shard"], fields["dropped"]) == ("s1", "7/1", 1)
+
+
+def test_complaints_are_counted_and_told_once_a_minute(monkeypatch):
+    complaints = Complaints()
+    told = [complaints.dropped("s1", at_s) for at_s in (0.0, 1.0, 59.0, 60.0, 61.0, 120.0)]
+    assert told == [1, None, None, 4, None, 6]
+    assert complaints.dropped("s2", 61.0) == 1
+    assert complaints.total == 7
+    monkeypatch.setattr(limits, "COMPLAINT_PEERS_MAX", 2)
+    assert [complaints.dropped(f"x{n}", 61.0) for n in range(3)] == [1, 1, 1]
+    assert complaints.total == 10
 
 
 @in_loop

@@ -392,7 +392,7 @@ def test_shards_and_files():
     assert codec.decode_spec(codec.encode_spec(spec)) == spec
     info = ShardInfo(stopped="")
     statuses = [
-        ReplicaStatus("s1", "primary", 3, 4, 5, True, KEY, info, 1.5),
+        ReplicaStatus("s1", "primary", 3, 4, 5, True, KEY, info, 1.5, "s2"),
         ReplicaStatus("s1", "stopped", 0, 0, 0, False, ShardKey(1, 0), ShardInfo()),
     ]
     assert codec.decode_status(codec.encode_status(statuses)) == statuses

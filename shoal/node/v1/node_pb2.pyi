@@ -368,7 +368,7 @@ class StatusReply(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("key", "node", "role", "term", "durable", "committed", "writable", "info", "metadata_lost_s")
+    __slots__ = ("key", "node", "role", "term", "durable", "committed", "writable", "info", "metadata_lost_s", "unread")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -378,6 +378,7 @@ class ReplicaStatus(_message.Message):
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
     METADATA_LOST_S_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_FIELD_NUMBER: _ClassVar[int]
     key: ShardKey
     node: str
     role: str
@@ -387,7 +388,8 @@ class ReplicaStatus(_message.Message):
     writable: bool
     info: ShardInfo
     metadata_lost_s: float
-    def __init__(self, key: _Optional[_Union[ShardKey, _Mapping]] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., term: _Optional[int] = ..., durable: _Optional[int] = ..., committed: _Optional[int] = ..., writable: bool = ..., info: _Optional[_Union[ShardInfo, _Mapping]] = ..., metadata_lost_s: _Optional[float] = ...) -> None: ...
+    unread: str
+    def __init__(self, key: _Optional[_Union[ShardKey, _Mapping]] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., term: _Optional[int] = ..., durable: _Optional[int] = ..., committed: _Optional[int] = ..., writable: bool = ..., info: _Optional[_Union[ShardInfo, _Mapping]] = ..., metadata_lost_s: _Optional[float] = ..., unread: _Optional[str] = ...) -> None: ...
 
 class ReplicaMessages(_message.Message):
     __slots__ = ("messages",)
