@@ -25,7 +25,7 @@ BENCHMARKS = {
     "shards": 1_500,
     "rpc": 300,
     "encoder": 900,
-    "training": 2_400,
+    "training": 7_200,
     "cluster": 900,
     "compare": 1_800,
     "memory": 2_400,

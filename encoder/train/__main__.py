@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,8 @@ def as_process(work: Callable[[], int]) -> int:
     except RuntimeError as error:
         if not _lost_others(error):
             raise
-        line = str(error).splitlines()[0]
-        sys.stderr.write(f"shoal: Process {os.environ.get('RANK', '0')} lost the others: {line}\n")
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"shoal: Process {rank} lost the others: {_short(error)}\n")
         return 1
     if EXIT_STATUS_FILE in os.environ and os.environ.get("RANK") == "0":
         Path(os.environ[EXIT_STATUS_FILE]).write_text(str(status), encoding="ascii")
@@ -44,6 +45,11 @@ def _lost_others(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         sign in str(error) for sign in ("Connection closed", "Connection reset", "Timed out")
     )
+
+
+def _short(error: RuntimeError) -> str:
+    """The first sentence, without the place in the library's source that comes before it."""
+    return re.sub(r"^\[[^\]]*\]\s*", "", str(error)).splitlines()[0].split(". ")[0] + "."
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ class _Run:
             self._report = Report(
                 settings.out, steps=settings.steps, start=start, shown=sys.stderr.isatty()
             )
+            if start:
+                self._report.say(f"Goes on after step {start} of {settings.steps}.")
         before = self._quality_before(start)
         if settings.mode == "parameter-server":
             self._asynchronous(start)

@@ -83,6 +83,10 @@ class Report:
         self._write(step, "held-out", figures)
         self._metrics = f"  recall@10 {figures['recall@10']:.3f}  nDCG@10 {figures['ndcg@10']:.3f}"
 
+    def say(self, text: str) -> None:
+        """A line for whoever started the run."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def close(self) -> None:
         """Draw the curves and end the progress bar. Idempotent."""
         if self._file.closed:
@@ -111,8 +115,7 @@ class Report:
             yield
         except OSError as error:
             if not self._silent:
-                text = f"What is shown of this run cannot be written to {self._out}: {error}"
-                self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+                self.say(f"What is shown of this run cannot be written to {self._out}: {error}")
             self._silent = True
 
 
@@ -153,7 +156,7 @@ def draw_curves(histories: Mapping[str, Sequence[Path]], out: Path) -> bool:
     several = len(histories) > 1
     for number, (name, files) in enumerate(histories.items()):
         # Curves that lie upon each other: the first are broad, so that all are seen.
-        width = max(1.2, 4.0 - 0.7 * number) if several else 1.5
+        width = 1.0 + 5.0 * 0.6**number if several else 1.5
         for file in files:
             lines = read_history(file)
             given: dict[str, Any] = {"color": f"C{number}", "lw": width}
