@@ -27,6 +27,7 @@ PLACES = (
     "merge.after_segment",
     "merge.after_install",
     "index.after_publish",
+    "drop.after_manifest",
     "outgoing.after_link",
     "transfer.after_chunk",
     "transfer.after_file",

@@ -19,6 +19,7 @@ from shoal.errors import must
 from shoal.ids import UUID_BIT, PointIds
 from shoal.storage_api import ShardSpec
 from storage_node.columns import GrowingColumns
+from storage_node.segment import Vector
 from storage_node.vector_set import columns_of, has_column
 
 __all__ = ["GrowingSegment", "GrowingVector", "GrowingView"]
@@ -390,14 +391,21 @@ class GrowingView:
                 high = middle
         return order[low:]
 
-    def take(self, rows: NDArray[np.int64], payload: bool, names: Sequence[str]) -> PointBatch:
+    def take(
+        self,
+        rows: NDArray[np.int64],
+        payload: bool,
+        names: Sequence[str],
+        vectors: Mapping[str, Vector] | None = None,
+    ) -> PointBatch:
         """Copies of the given rows, in that order, with those of the named vectors that are here."""
         must(len(rows) == 0 or int(rows.max()) < self.row_count, "a row past the end")
         out = PointBatch(self.segment.ids().take(rows))
         out.versions = self.segment.versions(rows)
         if payload:
             out.set_payloads([self.payload_bytes(row) for row in rows.tolist()])
+        here = self.vectors if vectors is None else vectors
         for name in names:
-            if name in self.vectors:
-                self.vectors[name].take(name, rows, self.row_count, out)
+            if name in here:
+                here[name].take(name, rows, self.row_count, out)
         return out

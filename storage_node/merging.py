@@ -20,7 +20,8 @@ from shoal.ids import PointIds
 from shoal.storage_api import Distance, ShardKey, ShardSpec, VectorSpec
 from storage_node.files import open_array_file, sync_folder, write_array_file
 from storage_node.manifest import SegmentRecord
-from storage_node.segment import SealedSegment, write_segment
+from storage_node.segment import SealedSegment
+from storage_node.segment_writing import write_segment
 
 __all__ = ["MergeJob", "Merged", "encode_job", "read_answer", "write_merged"]
 

@@ -318,7 +318,8 @@ def take_rows(
     order = []
     for number in np.unique(source).tolist():
         here = np.flatnonzero(source == number)
-        taken = snapshot.units[number].rows.take(rows[here], payload, names)
+        unit = snapshot.units[number]
+        taken = unit.rows.take(rows[here], payload, names, unit.vectors)
         parts.append(complete(taken, snapshot.spec, names))
         order.append(here)
     if len(parts) == 1:

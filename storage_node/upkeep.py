@@ -50,7 +50,8 @@ from storage_node.manifest import Manifest, PendingMerge, SegmentRecord, write_m
 from storage_node.merging import MergeJob, encode_job, read_answer, write_merged
 from storage_node.planner import Pause, SegmentStats, choose_merge, needs_index, seals_in_pause
 from storage_node.recovery import Recovered
-from storage_node.segment import SealedSegment, write_segment
+from storage_node.segment import SealedSegment
+from storage_node.segment_writing import write_segment
 from storage_node.state import Checkpoint, ShardState, pick_merged
 from storage_node.vector_set import changes, columns_of
 

@@ -7,16 +7,17 @@ tests take milliseconds and a difference to the real node is a bug in one of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from shoal.api.filter import Filter
 from shoal.batch import DenseBlock, MultiBlock, PointBatch, SparseBlock
-from shoal.errors import NotFound, ShoalError, StorageFull
+from shoal.errors import BadRequest, NotFound, ShoalError, Stale, StorageFull
 from shoal.ids import PointIds
 from shoal.payload import decode, delete_keys, merge_payload
 from shoal.storage_api import (
+    AlterVectors,
     ClearPayload,
     Delete,
     DeletePayload,
@@ -109,6 +110,8 @@ class FakeStorage:
     async def search(self, shard: ShardKey, query: Search, read: Read = ANY) -> Hits:
         self.reads.append(read)
         here = self._shard(shard)
+        if query.using not in here.spec.dense:
+            raise Stale(f"shard {shard} has no vector {query.using!r}")
         distance = here.spec.dense[query.using].distance
         sign = -1.0 if distance.larger_is_better else 1.0
         ranked = []
@@ -149,7 +152,9 @@ class FakeStorage:
         here = self._shard(shard)
         if shard in self.info_overrides:
             return self.info_overrides[shard]
-        return ShardInfo(points=len(here.rows), segments=1, applied=here.sequence)
+        names = (*here.spec.dense, *here.spec.sparse)
+        having = {name: sum(row.has(name) for row in here.rows.values()) for name in names}
+        return ShardInfo(points=len(here.rows), segments=1, applied=here.sequence, vectors=having)
 
     # -- writes -----------------------------------------------------------------------------------
     async def write(self, shard: ShardKey, op: Write) -> WriteResult:
@@ -162,13 +167,9 @@ class FakeStorage:
             case Upsert():
                 _upsert(here, op)
             case UpdateVectors():
-                allowed = {key for key, _ in _matching(here, op.update_filter)}
-                for position, key in enumerate(op.points.ids.keys()):
-                    if key not in here.rows:
-                        missing.append(key)
-                    elif key in allowed:
-                        _set_vectors(here.rows[key], op.points, position)
-                        here.rows[key].version = here.sequence
+                _update_vectors(here, op, missing)
+            case AlterVectors():
+                _alter(here, op)
             case Delete():
                 for key in _selected(here, op.where, []):
                     del here.rows[key]
@@ -190,9 +191,7 @@ def _change(
 ) -> None:
     match op:
         case DeleteVectors():
-            for name in op.names:
-                for vectors in (row.dense, row.multi, row.sparse):
-                    vectors.pop(name, None)
+            _forget(row, op.names)
         case SetPayload():
             row.payload = merge_payload(row.payload, op.payload, op.key)
         case OverwritePayload():
@@ -201,6 +200,43 @@ def _change(
             row.payload = delete_keys(row.payload, op.keys)
         case ClearPayload():
             row.payload = b""
+    if not isinstance(op, DeleteVectors):
+        _forget(row, op.forget)
+
+
+def _forget(row: Row, names: Iterable[str]) -> None:
+    for name in names:
+        for vectors in (row.dense, row.multi, row.sparse):
+            vectors.pop(name, None)
+
+
+def _alter(shard: FakeShard, op: AlterVectors) -> None:
+    kept = {name: spec for name, spec in shard.spec.dense.items() if name not in op.drop}
+    for name, spec in op.add.items():
+        if kept.get(name, spec) != spec:
+            raise BadRequest(f"Wrong input: the vector {name!r} exists with other settings")
+    shard.spec = replace(shard.spec, dense=kept | dict(op.add))
+    for row in shard.rows.values():
+        _forget(row, op.drop)
+
+
+def _update_vectors(shard: FakeShard, op: UpdateVectors, missing: list[int]) -> None:
+    allowed = {key for key, _ in _matching(shard, op.update_filter)}
+    brought: dict[int, list[int]] = {}  # key -> the rows that are applied
+    for position, key in enumerate(op.points.ids.keys()):
+        row = shard.rows.get(key)
+        if op.if_versions is not None and (row is None or row.version != op.if_versions[position]):
+            continue
+        if row is None:
+            missing.append(key)
+        elif key in allowed:
+            brought.setdefault(key, []).append(position)
+    for key, positions in brought.items():
+        row = shard.rows[key]
+        _forget(row, op.forget)
+        row.version = shard.sequence
+        for position in positions:
+            _set_vectors(row, op.points, position, shard.spec)
 
 
 def _matching(shard: FakeShard, filter: Filter | None) -> Iterator[tuple[int, Row]]:
@@ -230,12 +266,14 @@ def _upsert(shard: FakeShard, op: Upsert) -> None:
         if not exists and op.mode is UpdateMode.UPDATE_ONLY:
             continue
         row = Row(payload=op.points.payload_of(position), version=shard.sequence)
-        _set_vectors(row, op.points, position)
+        _set_vectors(row, op.points, position, shard.spec)
         shard.rows[key] = row
 
 
-def _set_vectors(row: Row, points: PointBatch, position: int) -> None:
+def _set_vectors(row: Row, points: PointBatch, position: int, spec: ShardSpec) -> None:
     for name, dense in points.dense.items():
+        if name not in spec.dense or spec.dense[name].dim != dense.values.shape[1]:
+            continue  # of a vector that was dropped
         if dense.present is None or dense.present[position]:
             row.dense[name] = dense.values[position].copy()
     for name, multi in points.multi.items():

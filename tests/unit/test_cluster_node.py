@@ -4,16 +4,33 @@ go and come back. What could go wrong on the way is in test_cluster_troubles.py.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from small_cluster import KEY, World, points, world
 
 from shoal import limits
+from shoal.batch import DenseBlock, PointBatch
 from shoal.errors import NotPrimary, ShoalError, TimedOut
 from shoal.ids import PointIds
 from shoal.index_api import BuildJob
-from shoal.storage_api import Delete, Guard, Selector, ShardKey, Upsert
+from shoal.storage_api import (
+    AlterVectors,
+    Delete,
+    Distance,
+    Guard,
+    Selector,
+    ShardKey,
+    UpdateVectors,
+    Upsert,
+    VectorSpec,
+)
+from storage_node import member, replica
+from storage_node.segment import stored_names
+from storage_node.transfer import download
 
 
 def test_a_write_is_on_every_replica(tmp_path: Path) -> None:
@@ -214,6 +231,78 @@ def test_without_an_index_node_replicas_build_for_themselves(
         async with world(tmp_path, seal_bytes=65_536, indexes=True) as w:
             await indexed_everywhere(w)
             assert all(w.builder(name).built >= 1 for name in "abc")
+
+    asyncio.run(main())
+
+
+def test_vectors_come_and_go_on_every_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on one that was away, and gets files of after the change; one index node builds for all."""
+    monkeypatch.setattr(limits, "LOG_RETAIN_BYTES", 0)
+    monkeypatch.setattr(replica, "RECENT_BYTES_MAX", 0)
+    later, count = "\x1f1", 4_000
+    vector = VectorSpec(3, Distance.DOT, index_bytes_min=1)
+    fetched: list[str] = []
+
+    async def spied(source: object, shard: ShardKey, folder: Path, **options: Any) -> object:
+        fetched.append(folder.parts[-3])
+        return await download(source, shard, folder, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(member, "download", spied)
+
+    async def copy(w: World) -> None:
+        for start in range(0, count, 500):
+            keys = list(range(start, start + 500))
+            values = np.random.default_rng(start).standard_normal((500, 3)).astype(np.float32)
+            batch = PointBatch(PointIds.from_keys(keys), {later: DenseBlock(values)})
+            await w.nodes["a"].storage.write(KEY, UpdateVectors(batch))
+
+    def files(name: str) -> dict[str, bytes]:
+        folder = w_folder(name) / "segments"
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob("*/*")}
+
+    def w_folder(name: str) -> Path:
+        return tmp_path / name / "1" / "0"
+
+    async def main() -> None:
+        async with world(tmp_path, seal_bytes=65_536, indexes=True) as w:
+            await w.start_index_node("x")
+            for start in range(0, count, 500):
+                await w.write("a", *range(start, start + 500))
+            await w.nodes["a"].storage.write(KEY, AlterVectors({later: vector}))
+            await w.stop("c")
+            await w.change(in_sync=["a", "b"])
+            shutil.rmtree(w_folder("c"))
+            await copy(w)
+            dropped = await w.nodes["a"].storage.write(KEY, AlterVectors(drop=("",)))
+            for start in range(count, count + 3_000, 500):
+                await w.write("a", *range(start, start + 500))
+
+            def trimmed() -> bool:
+                return w.shard("a")._log.first_sequence > dropped.sequence
+
+            await w.until(trimmed, "a checkpoint behind the drop")
+            await w.start("c")
+            await w.change(joining=["c"])
+            await w.in_sync("a", "b", "c")
+            assert "c" in fetched
+            await w.change(term=(await w.record())[0].term + 1, primary="b")
+            await w.until(lambda: w.shard("b").status(0).role == "primary", "b to lead")
+            await w.write("b", count + 3_000)
+            await w.until(lambda: not any(w.shard(n).info().pending for n in "abc"), "quiet")
+            applied = w.shard("b").state.applied
+            await w.until(lambda: all(w.shard(n).state.applied == applied for n in "abc"), "all")
+            for name in "abc":
+                info = w.shard(name).info()
+                assert info.vectors == {later: count}, "the last points brought none"
+                assert list(w.shard(name).state.spec.dense) == [later]
+            for path in (w_folder("a") / "segments").glob("*/*"):
+                if path.name.startswith(("vectors.", "index.")):
+                    number = int(path.name.partition(".")[2])
+                    assert stored_names(path.parent)[number] == later, path
+            assert files("a") == files("b") == files("c")
+            assert any("index." in path for path in files("a"))
 
     asyncio.run(main())
 
