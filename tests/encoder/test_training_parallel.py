@@ -18,7 +18,10 @@ from encoder.train.data import Pair, read_pairs
 from encoder.train.settings import TrainSettings
 
 PAIRS = 16
-TOLERANCE = 5e-6
+# Of the largest entry: rounding grows with what is summed. Of one process in float32 against float64 it
+# is 0.7e-6 to 1.3e-6 for these families, of layouts against one process up to 2.0e-6. Qwen3's largest
+# entry is 4.5, the others' are below 1: there a bound on the difference itself would be another bound.
+TOLERANCE = 4e-6
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def check(world: tuple[Path, Path], tmp_path: Path, **layout: Any) -> None:
     largest = max(float(g.abs().max()) for g in gradients.values())
     norm = float(torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt())
     print(f"{layout}: gradient differs by {worst:.1e} at most; the largest is {largest:.3f}")
-    assert worst <= TOLERANCE * max(1.0, largest)
+    assert worst <= TOLERANCE * largest
     assert found["norm"] == pytest.approx(norm, rel=1e-4)
 
 
