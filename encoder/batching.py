@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shoal.errors import must
+from shoal.limits import ENCODER_QUERY_TEXTS_MAX
 
 __all__ = [
-    "INTERACTIVE_TEXTS_MAX",
     "Lane",
     "Row",
     "Slice",
@@ -30,8 +30,6 @@ __all__ = [
     "plan_batches",
 ]
 
-INTERACTIVE_TEXTS_MAX = 8  # of one request; a query has one text, a batch of queries a few
-
 
 class Lane(Enum):
     INTERACTIVE = "interactive"
@@ -39,7 +37,7 @@ class Lane(Enum):
 
     @classmethod
     def of(cls, text_count: int) -> Lane:
-        return cls.INTERACTIVE if text_count <= INTERACTIVE_TEXTS_MAX else cls.BULK
+        return cls.INTERACTIVE if text_count <= ENCODER_QUERY_TEXTS_MAX else cls.BULK
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +59,26 @@ class _Waiting:
 
 
 class WaitingTexts:
-    """The texts that wait, at most `texts_max` of them and `bytes_max` bytes.
+    """The texts that wait, in each lane at most `texts_max` of them and `bytes_max` bytes: imports that
+    fill theirs leave room for queries.
 
-    A request that is alone is let in whatever its size, so that the bounds never make a request
-    that the API allows impossible.
+    A request that is alone in its lane is let in whatever its size, so that the bounds never make a
+    request that the API allows impossible.
     """
 
     def __init__(self, *, texts_max: int, bytes_max: int) -> None:
         self._texts_max, self._bytes_max = texts_max, bytes_max
         self._lanes: dict[Lane, deque[_Waiting]] = {lane: deque() for lane in Lane}
-        self.text_count = 0
-        self.byte_count = 0
+        self._texts = dict.fromkeys(Lane, 0)
+        self._bytes = dict.fromkeys(Lane, 0)
+
+    @property
+    def text_count(self) -> int:
+        return sum(self._texts.values())
+
+    @property
+    def byte_count(self) -> int:
+        return sum(self._bytes.values())
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -80,14 +87,15 @@ class WaitingTexts:
     def offer(self, request_id: int, model: str, text_count: int, byte_count: int) -> bool:
         """Queue a request of at least one text; False when there is no room."""
         must(text_count > 0, "a request without texts needs no place in the queue")
-        if len(self) and (
-            self.text_count + text_count > self._texts_max
-            or self.byte_count + byte_count > self._bytes_max
+        lane = Lane.of(text_count)
+        if self._lanes[lane] and (
+            self._texts[lane] + text_count > self._texts_max
+            or self._bytes[lane] + byte_count > self._bytes_max
         ):
             return False
-        self._lanes[Lane.of(text_count)].append(_Waiting(request_id, model, text_count, byte_count))
-        self.text_count += text_count
-        self.byte_count += byte_count
+        self._lanes[lane].append(_Waiting(request_id, model, text_count, byte_count))
+        self._texts[lane] += text_count
+        self._bytes[lane] += byte_count
         return True
 
     def any_for(self, models: Container[str]) -> bool:
@@ -114,10 +122,10 @@ class WaitingTexts:
             stop = min(waiting.text_count, waiting.taken + room)
             slices.append(Slice(waiting.request_id, waiting.taken, stop))
             room -= stop - waiting.taken
-            self.text_count -= stop - waiting.taken
+            self._texts[lane] -= stop - waiting.taken
             waiting.taken = stop
             if stop == waiting.text_count:
-                self.byte_count -= waiting.byte_count
+                self._bytes[lane] -= waiting.byte_count
                 queue.remove(waiting)
             if not room:
                 break
@@ -125,12 +133,12 @@ class WaitingTexts:
 
     def forget(self, request_id: int) -> None:
         """Drop what still waits of a request that nobody wants any more."""
-        for queue in self._lanes.values():
+        for lane, queue in self._lanes.items():
             for waiting in queue:
                 if waiting.request_id == request_id:
                     queue.remove(waiting)
-                    self.text_count -= waiting.text_count - waiting.taken
-                    self.byte_count -= waiting.byte_count
+                    self._texts[lane] -= waiting.text_count - waiting.taken
+                    self._bytes[lane] -= waiting.byte_count
                     return
 
     def of(self, model: str) -> list[int]:
@@ -145,9 +153,9 @@ class WaitingTexts:
     def drain(self) -> list[int]:
         """Empty both lanes; the ids of the requests that waited, oldest first in each lane."""
         ids = [waiting.request_id for queue in self._lanes.values() for waiting in queue]
-        for queue in self._lanes.values():
+        for lane, queue in self._lanes.items():
             queue.clear()
-        self.text_count = self.byte_count = 0
+            self._texts[lane] = self._bytes[lane] = 0
         return ids
 
 
@@ -178,8 +186,18 @@ class Row:
     token_ids: Sequence[int]
 
 
+@dataclass(slots=True)
+class _Share:
+    """What waits of one request."""
+
+    lane: Lane
+    texts: int
+    tokens: int
+
+
 class TokenQueue:
-    """Texts of a rank group that wait, as tokens, at most `tokens_max` of them.
+    """Texts of a rank group that wait, as tokens, in each lane at most `tokens_max` of them: imports that
+    fill theirs leave room for queries.
 
     A batch is of one lane, and the lanes take turns while both have texts, so that a query waits for
     one batch of an import at most, and an import moves on under a stream of queries. A batch is built
@@ -189,25 +207,36 @@ class TokenQueue:
     def __init__(self, *, tokens_max: int, window_texts: int = 256) -> None:
         self._tokens_max, self._window_texts = tokens_max, window_texts
         self._lanes: dict[Lane, list[Row]] = {lane: [] for lane in Lane}
+        self._shares: dict[int, _Share] = {}  # by request
+        self._forgotten = False  # rows of requests that have no share are still in the lanes
         self._last = Lane.BULK
-        self.tokens = 0
+        self._texts = 0
+        self._tokens = dict.fromkeys(Lane, 0)
 
     def __len__(self) -> int:
         """Texts that wait."""
-        return sum(len(rows) for rows in self._lanes.values())
+        return self._texts
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._tokens.values())
 
     def offer(self, rows: Sequence[Row], lane: Lane) -> bool:
-        """Queue all texts of one request; False when there is no room. A request that is alone is let
-        in whatever its size, so that the bound makes no request impossible."""
+        """Queue all texts of one request; False when there is no room. A request that is alone in its
+        lane is let in whatever its size, so that the bound makes no request impossible."""
         tokens = sum(len(row.token_ids) for row in rows)
-        if self.tokens and self.tokens + tokens > self._tokens_max:
+        if self._tokens[lane] and self._tokens[lane] + tokens > self._tokens_max:
             return False
+        if rows:
+            self._shares[rows[0].request_id] = _Share(lane, len(rows), tokens)
         self._lanes[lane].extend(rows)
-        self.tokens += tokens
+        self._texts += len(rows)
+        self._tokens[lane] += tokens
         return True
 
     def take(self, *, tokens_max: int, rows_max: int) -> list[Row]:
         """The next batch, rows × longest <= tokens_max (a longer text goes alone); [] for none."""
+        self._sweep()
         lane = self._turn()
         rows = self._lanes[lane]
         if not rows:
@@ -219,7 +248,14 @@ class TokenQueue:
         chosen = set(next(batch for batch in batches if 0 in batch))
         batch = [window[place] for place in sorted(chosen)]
         self._lanes[lane] = [row for place, row in enumerate(rows) if place not in chosen]
-        self.tokens -= sum(len(row.token_ids) for row in batch)
+        for row in batch:
+            share = self._shares[row.request_id]
+            share.texts -= 1
+            share.tokens -= len(row.token_ids)
+            self._tokens[lane] -= len(row.token_ids)
+            if not share.texts:
+                del self._shares[row.request_id]
+        self._texts -= len(batch)
         return batch
 
     def _turn(self) -> Lane:
@@ -228,19 +264,25 @@ class TokenQueue:
         return first if self._lanes[first] else other
 
     def forget(self, request_id: int) -> None:
-        """Drop what still waits of a request that nobody wants any more."""
-        for lane, rows in self._lanes.items():
-            kept = [row for row in rows if row.request_id != request_id]
-            if len(kept) < len(rows):
-                self.tokens -= sum(
-                    len(row.token_ids) for row in rows if row.request_id == request_id
-                )
-                self._lanes[lane] = kept
+        """Drop what still waits of a request that nobody wants any more. Cheap: a caller that goes away
+        leaves hundreds."""
+        share = self._shares.pop(request_id, None)
+        if share is not None:
+            self._texts -= share.texts
+            self._tokens[share.lane] -= share.tokens
+            self._forgotten = True
+
+    def _sweep(self) -> None:
+        if self._forgotten:
+            for lane, rows in self._lanes.items():
+                self._lanes[lane] = [row for row in rows if row.request_id in self._shares]
+            self._forgotten = False
 
     def clear(self) -> None:
         for rows in self._lanes.values():
             rows.clear()
-        self.tokens = 0
+        self._shares.clear()
+        self._texts, self._tokens = 0, dict.fromkeys(Lane, 0)
 
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

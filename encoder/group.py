@@ -4,15 +4,19 @@
                  ├─ fork server: has imported everything, so that starting again takes no seconds of it
                  └─ hub thread: hears their beats, ends who hangs (encoder/link.py)
 
-One machine a group; more groups, here or elsewhere, are replicas, and need nothing of each other.
+One machine a group; more groups, here or elsewhere, are replicas, and need nothing of each other. A group
+serves the weights that it found when it was started: where the files have changed when its processes are
+started again, it ends, so that a crash never changes what vectors mean.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import uuid
 from pathlib import Path
@@ -46,7 +50,7 @@ def run_group(settings: EncoderProcess) -> None:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        from encoder.rank import SETTINGS_VARIABLE, run_rank
+        from encoder.rank import FINGERPRINT_VARIABLE, SETTINGS_VARIABLE, run_rank
     except ImportError as error:
         raise StartupError(f"The package {error.name!r} is missing; {INSTALL_HINT}") from error
     # A process that ends is told by the hub, in our words; the agent would add its own traceback.
@@ -54,16 +58,23 @@ def run_group(settings: EncoderProcess) -> None:
     logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)
     size = settings.tp * settings.pp
     _log.info("rank_group_starts", model=name, tp=settings.tp, pp=settings.pp)
+    try:
+        fingerprint = folder.fingerprint()
+    except OSError as error:
+        raise SettingsError(f"The model in {folder.path} cannot be read: {error}.") from error
     with tempfile.TemporaryDirectory(prefix="shoal-encoder-") as scratch:
         hub = Hub(Path(scratch), size=size)
         os.environ |= {
             LINK_VARIABLE: str(hub.path),
             PARENT_VARIABLE: str(os.getpid()),
             SETTINGS_VARIABLE: settings_json(settings),
+            FINGERPRINT_VARIABLE: fingerprint,
             "OMP_NUM_THREADS": str(settings.threads),
         }
         # The interpreter's own fork server: it has no threads and no connections when it forks.
-        multiprocessing.set_forkserver_preload(["encoder.rank", *_modules_of(folder)])
+        multiprocessing.set_forkserver_preload(
+            ["encoder.fork_server", "encoder.rank", *_modules_of(folder)]
+        )
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -86,8 +97,19 @@ def run_group(settings: EncoderProcess) -> None:
             ) from error
         finally:
             hub.close()
+            _end_fork_server()
     if hub.fatal is not None:
         raise StartupError(hub.fatal)
+
+
+def _end_fork_server() -> None:
+    """Python waits for it at the end, and it may just have begun to import."""
+    from multiprocessing import forkserver
+
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _modules_of(folder: ModelFolder) -> list[str]:

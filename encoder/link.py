@@ -136,7 +136,9 @@ class Hub:
         peer.attempt = int(str(message["attempt"]))
         attempt = self._attempt
         if attempt is None or peer.attempt > attempt.number:
-            attempt = self._attempt = _Attempt(peer.attempt, Liveness(time.monotonic()))
+            attempt = self._attempt = _Attempt(
+                peer.attempt, Liveness(time.monotonic(), size=self._size)
+            )
         if peer.attempt == attempt.number:
             attempt.peers[peer.rank] = peer
             if attempt.abort is not None:
@@ -157,7 +159,7 @@ class Hub:
         at_work = {
             rank
             for rank in attempt.liveness.silent(now_s)
-            if rank in attempt.peers and _wants_a_core(attempt.peers[rank].pid)
+            if rank in attempt.peers and _at_work(attempt.peers[rank].pid)
         }
         lost = attempt.liveness.look(now_s, at_work)
         if lost is None:
@@ -180,11 +182,12 @@ class Hub:
             peer.connection.send(json.dumps({"abort": why}).encode() + b"\n")
 
 
-def _wants_a_core(pid: int) -> bool:
-    """Whether a thread of it runs or could run at this moment. Known on Linux; elsewhere False."""
+def _at_work(pid: int) -> bool:
+    """Whether a thread of it runs at this moment, or waits for a core or a disk. Known on Linux only;
+    elsewhere False."""
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
-            if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+            if (task / "stat").read_text().rpartition(")")[2].split()[0] in "RD":
                 return True
     except (OSError, IndexError):
         return False

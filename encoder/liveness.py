@@ -7,7 +7,8 @@
                      one of them waits for something that will not come, the others for that one
 
 A batch may be long on a busy machine, so time alone proves nothing; CPU time that stands still does.
-Before a process is ready it imports and loads for seconds without a word: then only its end counts.
+Before a process is ready it imports and loads, and may say nothing for seconds while it does: then it
+counts as lost when it is silent for longer and neither runs nor waits for a core or a disk.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ __all__ = ["BEAT_S", "Beat", "Liveness", "Lost"]
 
 BEAT_S = 0.1
 SILENCE_S_MAX = 0.6  # six beats; with the way to the callers this keeps errors within a second
-SILENCE_AT_WORK_S_MAX = 5.0  # of a process that runs or waits for a core
+SILENCE_AT_WORK_S_MAX = 5.0  # of a process that runs, or waits for a core or a disk
+SILENCE_STARTING_S_MAX = 20.0  # of one that is not ready, and does none of these
+JOIN_S_MAX = 60.0  # from the first word of the first process to that of the last
 STANDSTILL_S_MAX = 0.6
 PROGRESS_S_MIN = 0.001  # CPU seconds that count as progress; a thread that waits uses less
 BATCH_S_MAX = 60.0  # whatever the CPU does
@@ -56,7 +59,8 @@ class Liveness:
     """What is known of the processes of one attempt of a group. Times are seconds of one clock that
     does not jump."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, now_s: float, *, size: int) -> None:
+        self._size, self._began_s = size, now_s
         self._heard: dict[int, _Heard] = {}
         self._looked_s = now_s
         self._moved_s = now_s  # when some computing thread was last seen to move
@@ -82,18 +86,20 @@ class Liveness:
 
     def look(self, now_s: float, at_work: Container[int] = ()) -> Lost | None:
         """To be asked about every BEAT_S. at_work: of the silent ranks, those that run at this moment
-        or wait for a core."""
+        or wait for a core or a disk."""
         late = now_s - self._looked_s > _LATE_S
         self._looked_s = now_s
         if late:
             for heard in self._heard.values():
                 heard.at_s = now_s
-            self._moved_s = now_s
+            self._moved_s = self._began_s = now_s
             return None
         for rank, heard in sorted(self._heard.items()):
-            bound_s = SILENCE_AT_WORK_S_MAX if rank in at_work else SILENCE_S_MAX
-            if heard.beat.ready and now_s - heard.at_s > bound_s:
+            if now_s - heard.at_s > _silence_s_max(heard.beat.ready, rank in at_work):
                 return Lost(rank, f"rank {rank} hangs: not a word for {now_s - heard.at_s:.1f} s")
+        if len(self._heard) < self._size and now_s - self._began_s > JOIN_S_MAX:
+            missing = min(set(range(self._size)) - self._heard.keys())
+            return Lost(missing, f"rank {missing} has not come within {JOIN_S_MAX:g} s")
         if not all(heard.beat.ready for heard in self._heard.values()):
             return None
         if not any(heard.beat.busy for heard in self._heard.values()):
@@ -103,3 +109,9 @@ class Liveness:
         if self._step_began_s is not None and now_s - self._step_began_s > BATCH_S_MAX:
             return Lost(None, f"a batch has not ended within {BATCH_S_MAX:g} s")
         return None
+
+
+def _silence_s_max(ready: bool, at_work: bool) -> float:
+    if ready:
+        return SILENCE_AT_WORK_S_MAX if at_work else SILENCE_S_MAX
+    return float("inf") if at_work else SILENCE_STARTING_S_MAX

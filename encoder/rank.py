@@ -39,6 +39,7 @@ from encoder.model import (
     cpu_computes_bfloat16,
     find_model,
     load_network,
+    own_weights,
     pad,
     quiet_and_offline,
 )
@@ -65,9 +66,10 @@ from shoal.roles.process import RoleProcess, run_role
 from shoal.settings import EncoderProcess
 from shoal.telemetry import logger
 
-__all__ = ["SETTINGS_VARIABLE", "run_rank"]
+__all__ = ["FINGERPRINT_VARIABLE", "SETTINGS_VARIABLE", "run_rank"]
 
 SETTINGS_VARIABLE = "SHOAL_RANK_SETTINGS"  # JSON, from the parent
+FINGERPRINT_VARIABLE = "SHOAL_RANK_FINGERPRINT"  # of the weights that the group was started with
 GROUP_TIMEOUT_S = 600.0  # of torch's own; ours is in encoder/liveness.py
 FLUSH_S = 0.3  # for errors to leave after the group broke
 EXIT_BROKEN = 17
@@ -106,8 +108,22 @@ class Member:
         self.tokenizer = TextTokenizer(self.folder)
         self.model = self._build(autocast=False)
         self._choose_precision(settings.encoder_precision)
+        own_weights(self.model.stage)
+        self._check_files()
         self._reserve = Reserve(self.folder.config, tp=settings.tp, device=self.device)
         self.facts = self._gather_facts()
+
+    def _check_files(self) -> None:
+        """That all processes have read what the group was started with. Raises StartupError in all."""
+        whole = torch.tensor(int(not self.folder.changed()), device=self.device)
+        if self.rank == 0 and self.folder.fingerprint() != os.environ[FINGERPRINT_VARIABLE]:
+            whole.zero_()
+        dist.all_reduce(whole, op=dist.ReduceOp.MIN)
+        if not int(whole):
+            raise StartupError(
+                f"The files of the model in {self.folder.path} are not those that this group was started "
+                "with. Put them back, or start the group again: it then serves the new ones."
+            )
 
     @property
     def precision(self) -> str:
@@ -233,7 +249,7 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
         name=member.name,
         dim=member.folder.dim,
         max_tokens=member.folder.max_tokens,
-        fingerprint=member.folder.fingerprint(),
+        fingerprint=os.environ[FINGERPRINT_VARIABLE],
         aliases=member.aliases,
         loaded=True,
         precision=member.precision,
@@ -340,9 +356,12 @@ def _live() -> int:
     settings = EncoderProcess.model_validate_json(os.environ[SETTINGS_VARIABLE])
     telemetry.setup(settings.log_level)
     rank, work, stop_all = int(os.environ["RANK"]), Work(), StopAll()
-    link = Link(
-        os.environ[LINK_VARIABLE], rank=rank, attempt=_attempt(), work=work, on_abort=stop_all
-    )
+    try:
+        link = Link(
+            os.environ[LINK_VARIABLE], rank=rank, attempt=_attempt(), work=work, on_abort=stop_all
+        )
+    except OSError:  # the parent ended meanwhile
+        return EXIT_BROKEN
     if rank:  # the parent's signal is for rank 0, which tells the others when it is done
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

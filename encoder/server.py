@@ -21,6 +21,7 @@ from encoder.model import TextTokenizer, TokenizedText
 from shoal.encoder.v1 import encoder_pb2 as pb
 from shoal.encoder_api import ModelInfo, check_texts, resolve_model, wrong_weights
 from shoal.errors import InvariantError, ShoalError
+from shoal.limits import RPC_IN_FLIGHT_MAX
 from shoal.rpc.channel import NODE_HEADER, node_metadata
 from shoal.rpc.codec import encode_error
 from shoal.telemetry import logger
@@ -29,7 +30,9 @@ __all__ = ["EncoderServer"]
 
 SERVICE = "shoal.encoder.v1.Encoder"
 INLINE_BYTES_MAX = 4_096  # of texts that are cut into tokens in the event loop: about 50 µs
-STREAM_REQUESTS_MAX = 256  # of one call that are being answered; then it is read no further
+# Of one call that are being answered; then it is read no further. Callers stop before: a query that is
+# not read would wait for all imports before it.
+STREAM_REQUESTS_MAX = 2 * RPC_IN_FLIGHT_MAX
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _LANES = {pb.LANE_INTERACTIVE: Lane.INTERACTIVE, pb.LANE_BULK: Lane.BULK}
@@ -93,6 +96,7 @@ class EncoderServer:
         try:
             while (reply := await call.replies.get()) is not None:
                 yield reply
+                call.sent()
         finally:
             reader.cancel()
             call.give_up()
@@ -209,14 +213,21 @@ class _Call:
 
     async def _one(self, request: pb.EmbedRequest) -> None:
         try:
-            self.replies.put_nowait(await self._answer(request))
+            reply = await self._answer(request)
+        except asyncio.CancelledError:
+            self._room.release()  # no reply
+            raise
         except Exception as error:
             _log.error("embedding_failed", error=error)
             failed = ShoalError("a bug in Shoal's encoder, written to its log")
-            self.replies.put_nowait(pb.EmbedReply(id=request.id, error=encode_error(failed)))
+            reply = pb.EmbedReply(id=request.id, error=encode_error(failed))
         finally:
             self._tasks.pop(request.id, None)
-            self._room.release()
+        self.replies.put_nowait(reply)
+
+    def sent(self) -> None:
+        """One reply has left: a caller that reads none is not read either."""
+        self._room.release()
 
     def give_up(self) -> None:
         for task in self._tasks.values():

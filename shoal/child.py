@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from shoal.errors import Unavailable
 
-__all__ = ["Children", "child_main"]
+__all__ = ["Children", "child_main", "end_with_parent"]
 
 _PR_SET_PDEATHSIG = 1
 _ERROR_BYTES_MAX = 4096
@@ -68,12 +68,16 @@ def _end(child: asyncio.subprocess.Process) -> None:
         child.kill()
 
 
-def child_main(main: Callable[[str], str]) -> None:
-    """The other side: low priority, argument from standard input, answer to standard output."""
+def end_with_parent(parent: int) -> None:
+    """Be killed when the process of this id, our parent, ends. On Linux; elsewhere nothing happens."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it died before the call
             os._exit(1)
+
+
+def child_main(main: Callable[[str], str]) -> None:
+    """The other side: low priority, argument from standard input, answer to standard output."""
+    end_with_parent(os.getppid())
     os.nice(19)  # searches and writes go first
     sys.stdout.write(main(sys.stdin.read()))

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f" Did you mean `shoal {close[0]}`?" if close else " `shoal --help` lists them."
         return _refuse(f"There is no command {name!r}.{hint}")
-    if argv is None and name in _SERVING:  # we are the program, and not called by one
+    serves = name in _SERVING or arguments[:2] == ["encoder", "serve"]
+    if argv is None and serves:  # we are the program, and not called by one
         # Until it serves, SIGTERM ends it at once: also as the first process of a container, where
         # a signal that nobody has asked for does nothing.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -44,7 +44,7 @@ from shoal.errors import (
     TimedOut,
     Unavailable,
 )
-from shoal.limits import RPC_IN_FLIGHT_MAX
+from shoal.limits import ENCODER_QUERY_TEXTS_MAX, RPC_IN_FLIGHT_MAX
 from shoal.metadata.contract import KeyValue
 from shoal.metadata.schema import NODES_PREFIX, EncoderFacts, NodeRecord, NodeRole
 from shoal.rpc.channel import RpcSettings, is_taken, node_metadata, open_channel
@@ -63,6 +63,7 @@ AVOID_S = 1.0  # a group that was lost is asked last for so long
 RETURN_S = (
     300.0  # weights whose groups are gone may come back: a machine may have to start for that
 )
+IMPORTS_IN_FLIGHT_MAX = RPC_IN_FLIGHT_MAX * 7 // 8  # they leave room for queries
 _BYTES_PER_TOKEN = 4.0  # of texts not yet cut into tokens; only to compare groups with
 
 _log = logger("rpc")
@@ -353,7 +354,8 @@ class _Group:
 
     async def ask(self, request: pb.EmbedRequest, tokens: int) -> pb.EmbedReply:
         """Raises what the group answered, Unavailable and TimedOut."""
-        if len(self._waiting) >= RPC_IN_FLIGHT_MAX:
+        is_query = len(request.texts) <= ENCODER_QUERY_TEXTS_MAX
+        if len(self._waiting) >= (RPC_IN_FLIGHT_MAX if is_query else IMPORTS_IN_FLIGHT_MAX):
             raise Busy(f"{self._peer} has {len(self._waiting)} requests of this process waiting")
         self._sent_tokens += tokens
         try:

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder.batching import INTERACTIVE_TEXTS_MAX, Lane, Slice, WaitingTexts, plan_batches
+from encoder.batching import Lane, Slice, WaitingTexts, plan_batches
 from shoal.errors import InvariantError
+from shoal.limits import ENCODER_QUERY_TEXTS_MAX
 
-MANY = INTERACTIVE_TEXTS_MAX + 1
+MANY = ENCODER_QUERY_TEXTS_MAX + 1
 
 
 def waiting(texts_max: int = 1_000, bytes_max: int = 1_000_000) -> WaitingTexts:
@@ -42,7 +43,7 @@ def test_no_texts_make_no_batches() -> None:
 
 def test_few_texts_are_interactive_and_many_are_bulk() -> None:
     assert Lane.of(1) is Lane.INTERACTIVE
-    assert Lane.of(INTERACTIVE_TEXTS_MAX) is Lane.INTERACTIVE
+    assert Lane.of(ENCODER_QUERY_TEXTS_MAX) is Lane.INTERACTIVE
     assert Lane.of(MANY) is Lane.BULK
 
 
@@ -109,7 +110,15 @@ def test_a_full_queue_refuses_by_texts_and_by_bytes() -> None:
 def test_a_request_that_is_alone_fits_whatever_its_size() -> None:
     queue = waiting(texts_max=10, bytes_max=10)
     assert queue.offer(1, "m", 4_096, 1_000)
-    assert not queue.offer(2, "m", 1, 1)
+    assert not queue.offer(2, "m", MANY, 1)
+
+
+def test_imports_that_fill_their_lane_leave_room_for_queries() -> None:
+    queue = waiting(texts_max=20)
+    assert queue.offer(1, "m", 4_096, 1)
+    assert all(queue.offer(number, "m", 1, 1) for number in range(2, 22))
+    assert not queue.offer(22, "m", 1, 1)
+    assert queue.text_count == 4_096 + 20
 
 
 def test_room_comes_back_when_texts_are_taken() -> None:
@@ -117,7 +126,7 @@ def test_room_comes_back_when_texts_are_taken() -> None:
     queue.offer(1, "m", 20, 20)
     queue.take(Lane.BULK, 15)
     assert queue.offer(2, "m", 15, 15)
-    assert not queue.offer(3, "m", 1, 1)
+    assert not queue.offer(3, "m", MANY, 1)
 
 
 def test_a_forgotten_request_leaves_nothing_behind() -> None:

@@ -51,10 +51,12 @@ def test_beyond_the_bound_callers_are_told_to_come_back() -> None:
     assert model.at_work.wait(30)
     engine.submit(ids(35), Lane.BULK)
     with pytest.raises(Busy, match="1 texts with 35 tokens already wait") as caught:
-        engine.submit(ids(6), Lane.INTERACTIVE)
+        engine.submit(ids(6), Lane.BULK)
     assert caught.value.retry_after_s >= 1
+    _, query = engine.submit(ids(6), Lane.INTERACTIVE)
     model.gate.set()
     assert running.result(30)[0, 0] == 5
+    assert query.result(30)[0, 0] == 6
     engine.close(Unavailable("end"))
 
 

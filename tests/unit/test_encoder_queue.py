@@ -10,8 +10,10 @@ from encoder.batching import Lane, Row, TokenQueue, halves
 from encoder.liveness import (
     BATCH_S_MAX,
     BEAT_S,
+    JOIN_S_MAX,
     SILENCE_AT_WORK_S_MAX,
     SILENCE_S_MAX,
+    SILENCE_STARTING_S_MAX,
     STANDSTILL_S_MAX,
     Beat,
     Liveness,
@@ -29,7 +31,7 @@ def places(batch: list[Row]) -> list[tuple[int, int]]:
 def test_the_bound_is_in_tokens_and_a_request_that_is_alone_is_let_in() -> None:
     queue = TokenQueue(tokens_max=100)
     assert queue.offer(rows(1, 500), Lane.BULK)
-    assert not queue.offer(rows(2, 1), Lane.INTERACTIVE)
+    assert not queue.offer(rows(2, 1), Lane.BULK)
     assert (len(queue), queue.tokens) == (1, 500)
     queue.forget(1)
     assert (len(queue), queue.tokens) == (0, 0)
@@ -49,6 +51,29 @@ def test_queries_go_before_an_import_and_do_not_starve_it() -> None:
     assert taken[0] == [(2, 0)]
     assert taken[1] == [(1, 0), (1, 1)]  # its turn, though a query waits
     assert taken[2] == [(3, 0), (4, 0)]  # the queries that came meanwhile, together
+
+
+def test_imports_that_fill_their_lane_leave_room_for_queries() -> None:
+    queue = TokenQueue(tokens_max=100)
+    assert queue.offer(rows(1, *[10] * 50), Lane.BULK)
+    assert queue.offer(rows(2, 90), Lane.INTERACTIVE)
+    assert not queue.offer(rows(3, 11), Lane.INTERACTIVE)
+    assert places(queue.take(tokens_max=512, rows_max=99)) == [(2, 0)]
+    assert (len(queue), queue.tokens) == (50, 500)
+
+
+def test_what_is_forgotten_is_not_computed_and_its_room_is_free() -> None:
+    queue = TokenQueue(tokens_max=100)
+    queue.offer(rows(1, 10, 20, 30), Lane.BULK)
+    queue.offer(rows(2, 40), Lane.BULK)
+    assert places(queue.take(tokens_max=20, rows_max=1)) == [(1, 0)]
+    queue.forget(1)
+    queue.forget(1)
+    assert (len(queue), queue.tokens) == (1, 40)
+    assert queue.offer(rows(3, 60), Lane.BULK)
+    assert places(queue.take(tokens_max=512, rows_max=99)) == [(2, 0), (3, 0)]
+    assert queue.take(tokens_max=512, rows_max=99) == []
+    assert (len(queue), queue.tokens) == (0, 0)
 
 
 def test_like_lengths_go_together_and_the_oldest_text_is_never_passed_over() -> None:
@@ -94,7 +119,7 @@ class Watched:
     def __init__(self) -> None:
         self.now = 100.0
         self.cpu = [0.0, 0.0]
-        self.liveness = Liveness(self.now)
+        self.liveness = Liveness(self.now, size=2)
 
     def tick(self, *, beats: tuple[int, ...] = (0, 1), busy: bool = False, works: bool = True,
              ready: bool = True, step: int = 1) -> object:  # fmt: skip
@@ -134,11 +159,37 @@ def test_a_group_without_work_may_stand_still() -> None:
 
 def test_nobody_is_missed_while_loading_or_while_we_were_away() -> None:
     group = Watched()
-    assert all(group.tick(beats=(0,), ready=False) is None for _ in range(100))
+    group.tick(ready=False)
+    silent_for = int((SILENCE_STARTING_S_MAX - 1) / BEAT_S)
+    assert all(group.tick(beats=(0,), ready=False) is None for _ in range(silent_for))
     group.tick()
     group.now += 30  # this machine was suspended; both beats and looks stood still
     assert group.liveness.look(group.now) is None
     assert group.tick() is None
+
+
+def test_a_process_that_hangs_while_it_starts_is_found_unless_it_is_at_work() -> None:
+    group = Watched()
+    group.tick(ready=False)
+    silent_from = group.now
+    for _ in range(
+        int(3 * SILENCE_STARTING_S_MAX / BEAT_S)
+    ):  # it imports, or reads from a slow disk
+        group.now += BEAT_S
+        group.liveness.heard(Beat(0, False, 0, False, 0.0), group.now)
+        assert group.liveness.look(group.now, [1]) is None
+    lost = group.tick(beats=(0,), ready=False)
+    assert group.now - silent_from > SILENCE_STARTING_S_MAX
+    assert lost.rank == 1  # type: ignore[attr-defined]
+
+
+def test_a_process_that_never_comes_is_missed() -> None:
+    group = Watched()
+    began = group.now
+    while (lost := group.tick(beats=(0,), ready=False)) is None:
+        assert group.now < began + 2 * JOIN_S_MAX
+    assert group.now - began >= JOIN_S_MAX
+    assert "rank 1 has not come" in lost.why  # type: ignore[attr-defined]
 
 
 def test_a_batch_has_a_last_bound_whatever_the_cpu_does() -> None:
