@@ -79,22 +79,25 @@ class _Ragged:
 
 
 class GrowingVector:
-    """One vector of all rows; the first `count` of them lack it. dim: 0 for a sparse one."""
+    """One vector of all rows; the first `count` of them lack it. dim: 0 for a sparse one.
 
-    __slots__ = ("_absent", "_dense", "_multi", "_present", "_sparse", "dim")
+    A dense one has a place for every row after these; `present` says which are filled.
+    """
+
+    __slots__ = ("_absent", "_dense", "_first", "_multi", "_present", "_sparse", "dim")
 
     graph = None
-    rows = None  # there is a place for every row; `present` says which are filled
 
     def __init__(self, count: int, dim: int = 0, *, multi: bool = False) -> None:
         self._present = _Array(np.bool_, zeros=count)
         self._absent = count
+        self._first = count
         self.dim = dim
         self._dense: _Array | None = None
         self._multi: _Ragged | None = None
         self._sparse: _Ragged | None = None
         if dim and not multi:
-            self._dense = _Array(np.float32, dim, zeros=count)
+            self._dense = _Array(np.float32, dim)
         elif dim:
             self._multi = _Ragged(values=_Array(np.float32, dim))
             self._multi.skip(count)
@@ -150,15 +153,21 @@ class GrowingVector:
         return None if mask is None else pack_bits(mask)
 
     def values(self, count: int) -> NDArray[np.float32]:
-        """(count, dim), of a dense vector."""
+        """(m, dim), of a dense vector: of the rows `places` names."""
         assert self._dense is not None
-        return self._dense.view(count)
+        return self._dense.view(max(0, count - self._first))
+
+    def places(self, count: int) -> NDArray[np.int64] | None:
+        """(m,) ascending: the row of each of `values`; None = every row has a place."""
+        return np.arange(self._first, count) if self._first else None
 
     def take(self, name: str, rows: NDArray[np.int64], count: int, out: PointBatch) -> None:
         """Copy the given rows into `out`."""
         mask = self.mask(count)
         if self._dense is not None:
-            out.dense[name] = DenseBlock(self._dense.view(), mask).take(rows)
+            out.dense[name] = DenseBlock(
+                self._taken(self._dense, rows), None if mask is None else mask[rows]
+            )
         elif self._multi is not None:
             indptr, parts = self._multi.rows(count)
             out.multi[name] = MultiBlock(indptr, parts["values"], mask).take(rows)
@@ -167,6 +176,15 @@ class GrowingVector:
             indptr, parts = self._sparse.rows(count)
             block = SparseBlock(indptr, parts["indices"], parts["values"], mask)
             out.sparse[name] = block.take(rows)
+
+    def _taken(self, dense: _Array, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = dense.view()
+        if not self._first:
+            return values[rows]
+        out = np.zeros((len(rows), self.dim), np.float32)
+        later = rows >= self._first
+        out[later] = values[rows[later] - self._first]
+        return out
 
 
 def _vector(spec: ShardSpec, name: str, count: int) -> GrowingVector:

@@ -127,7 +127,7 @@ def _search_unit(
     if vector is None or values is None:  # no row has it, or none any more
         return np.empty(0, np.int64), np.empty(0, np.float32)
     bits = _allowed_bits(unit, query.filter, query.exclude, vector)
-    of_row = vector.rows
+    of_row = vector.places(unit.row_count)
     if of_row is not None and bits is not None:  # from here on, count vectors and not rows
         bits = pack_bits(unpack_bits(bits, unit.row_count)[of_row])
     found, scores = _search_vectors(vector.graph, query, distance, values, bits)

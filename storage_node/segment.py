@@ -74,6 +74,9 @@ class SealedVector:
     def values(self, count: int) -> NDArray[np.float32] | None:
         return None if self.flat is None else self.flat.values
 
+    def places(self, count: int) -> NDArray[np.int64] | None:
+        return self.rows
+
     def present(self, count: int) -> NDArray[np.uint8] | None:
         return self.bits
 

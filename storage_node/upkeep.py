@@ -573,7 +573,7 @@ class Upkeep:
         fault_point("drop.after_manifest")
         for segment, files in found:
             for file in files:
-                await self._in_files((segment.folder / file).unlink)
+                await self._in_files((segment.folder / file).unlink, True)
         _log.info("vectors_deleted", shard=self.folder, files=sum(len(files) for _, files in found))
         return True
 
