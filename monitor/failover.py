@@ -9,11 +9,12 @@ What always holds, whatever was seen:
     acknowledged write on its disk. When none of them is left nothing is done; a person must bring one
     back, and the finding says which.
   - A lost lease alone moves nothing (a store may lose one early): the node is asked directly first.
+    A node that says that it is about to stop is believed at once.
   - One action per shard and round, each bound to the revision of the record that was seen. So two
     plans, or a plan and a primary's own change, never mix.
   - A copy is given up only while the in-sync set is complete and all of it answers.
 
-What it leaves out: moving healthy replicas (draining, balance), and creating or removing shards.
+What it leaves out: moving healthy replicas (emptying a node, balance), and creating or removing shards.
 """
 
 from __future__ import annotations
@@ -294,6 +295,8 @@ class _Planner:
             why = f"{primary} answers and has had no metadata store for {lost_s:.1f} s"
             ripe = lost_s > rules.metadata_lost_s
             return _Trouble(why, ripe=ripe, outage=False)  # it serves whom it can
+        if node.departing:  # it takes no more writes; no grace, since it said so itself
+            return _Trouble(f"{primary} is being stopped", ripe=True, outage=False)
         if not replica.writable:
             for_s = view.held_s(full(node.id))
             why = f"The disk of the primary {node.id} has been full for {for_s:.1f} s"
@@ -310,6 +313,8 @@ class _Planner:
             replica = node.sound_replica(shard.key)
             if name == shard.record.primary or not node.in_touch or replica is None:
                 continue
+            if node.departing:
+                continue
             if replica.writable or not writable_only:
                 load = self._primaries[name]
                 found.append((not replica.writable, -replica.durable, load, name))
@@ -323,6 +328,8 @@ class _Planner:
         alone = f"and no other replica in sync can take over ({others or 'there is none'})"
         if trouble.disk_full:
             reason = f"{trouble.why} {alone}: writes are refused. Free disk space on {node.id}."
+        elif node.departing:
+            reason = f"{trouble.why} {alone}: there is no primary until it is started again."
         elif node.in_touch or node.answered:
             reason = f"{trouble.why} {alone}. See the log of {node.id}, or bring another one back."
         elif node.registered:
@@ -429,7 +436,7 @@ class _Planner:
         found: list[tuple[bool, int, int, str]] = []
         for node in self._outside(shard):
             replica = node.sound_replica(shard.key)
-            if replica is not None and replica.writable:
+            if replica is not None and replica.writable and not node.departing:
                 found.append((replica.durable == 0, -replica.term, -replica.durable, node.id))
         return [self.view.nodes[name] for *_, name in sorted(found)]
 
@@ -451,7 +458,7 @@ class _Planner:
         found: list[tuple[bool, int, str]] = []
         for node in self._outside(shard):
             assert node.record is not None
-            if node.replica(shard.key) is None and not node.record.draining and node.writable:
+            if node.replica(shard.key) is None and not node.departing and node.writable:
                 same_zone = bool(node.record.zone) and node.record.zone in zones
                 found.append((same_zone, self._copies[node.id], node.id))
         if not found:

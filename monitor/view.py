@@ -58,6 +58,11 @@ class NodeView:
         return self.registered and self.answered
 
     @property
+    def departing(self) -> bool:
+        """It is about to stop, and says so: others are to take over what it leads."""
+        return self.record is not None and self.record.draining
+
+    @property
     def writable(self) -> bool:
         """No replica says that the disk is full. A node without replicas says nothing of its disk."""
         return all(replica.writable for replica in (self.replicas or {}).values())

@@ -105,6 +105,7 @@ COMPLAINT_S = 60.0  # between two lines of the log about messages of one peer th
 COMPLAINT_PEERS_MAX = 1_024  # peers of which this is remembered
 ERROR_TEXT_BYTES_MAX = 2 * KIB  # of an error in gRPC metadata, which holds 8 KiB in all
 APPLY_QUEUE_BYTES_MAX = 256 * MIB  # committed and not yet applied; more, and the replica stops
+HAND_OVER_S_MAX = 5.0  # that a node which stops waits for others to take over; usually under one
 CLOSE_WAIT_S = 1.0  # of a replica that closes, for the acknowledgements of others
 STALE_WAIT_S = 0.25  # how long a read waits for a replica to catch up before another is asked
 

@@ -6,6 +6,9 @@
                               not at all          -> kept as it is: it may come back by its log
                               the record is gone  -> the collection was deleted: delete it
 
+A node that is about to stop says so (`depart`, then its own record): it takes no more writes, the
+monitor makes others lead its shards, primaries take it out of their in-sync sets, and then it goes.
+
 A replica is deleted only for a record that we saw, or that the metadata store must have had: one
 that lost everything (a new etcd under an old address) deletes nothing here.
 """
@@ -13,12 +16,13 @@ that lost everything (a new etcd under an old address) deletes nothing here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal import telemetry
+from shoal import limits, telemetry
 from shoal.errors import BadRequest, InvariantError, NotFound, ShoalError
 from shoal.files_api import FileChunk, FileSnapshot, FileSource
 from shoal.index_api import IndexBuilder
@@ -26,9 +30,12 @@ from shoal.metadata.contract import Compare, Event, KeyValue, MetadataStore, Unc
 from shoal.metadata.schema import (
     COLLECTION_ID_KEY,
     COLLECTIONS_PREFIX,
+    NODES_PREFIX,
     SHARDS_PREFIX,
     CollectionRecord,
     IdRecord,
+    NodeRecord,
+    NodeRole,
     ShardRecord,
     shard_key,
     shard_spec,
@@ -96,8 +103,11 @@ class ClusterNode:
         self._fetching: dict[ShardKey, asyncio.Task[None]] = {}
         self._repairing: set[ShardKey] = set()  # reconciled again in a while
         self._records = Watched(
-            store, [COLLECTIONS_PREFIX, SHARDS_PREFIX], on_change=self._on_change
+            store, [COLLECTIONS_PREFIX, SHARDS_PREFIX, NODES_PREFIX], on_change=self._on_change
         )
+        self._others: dict[str, NodeRecord] = {}  # that run, by id
+        self._departing: frozenset[str] = frozenset()  # until they are back
+        self._heard = asyncio.Event()  # a record has changed
         self._collections: dict[int, CollectionRecord] = {}
         self._locks: dict[ShardKey, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,6 +138,65 @@ class ClusterNode:
         await self._outgoing.close()
         if self._builder is not None:
             await self._builder.close()
+
+    # -- the end of a node --------------------------------------------------------------------------
+    @property
+    def held_up(self) -> list[ShardKey]:
+        """The shards for which others would have to wait if this node stopped now, and could be
+        spared that: there is another replica in sync that goes on."""
+        return [key for key in self._wanted() if self._is_missed(key)]
+
+    def _is_missed(self, key: ShardKey) -> bool:
+        found = self._record(key)
+        if found is None:
+            return False
+        record = found[0]
+        staying = {n for n in record.in_sync if n in self._others and n not in self._departing}
+        if record.primary == self.node:
+            monitors = any(node.role is NodeRole.MONITOR for node in self._others.values())
+            return monitors and bool(staying - {self.node})
+        # A primary does not stay behind as the only one, see Replica.
+        alone = len(set(record.in_sync) - self._departing - {self.node}) < 2
+        return self.node in record.in_sync and record.primary in staying and not alone
+
+    async def depart(self) -> None:
+        """This node is about to stop: where others can take over it takes no more writes. Returns when
+        those under way are done, after limits.CLOSE_WAIT_S at most: whoever waits for one when
+        another primary takes over is told that it may have happened."""
+        self._tell_departing(self._departing | {self.node})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limits.CLOSE_WAIT_S):
+                await asyncio.gather(*(shard.settled() for shard in self.storage.shards()))
+
+    async def until_spared(self) -> None:
+        """Return when nobody is held up any more. After `depart`, and when the record of this node
+        says `draining`."""
+        while self.held_up:
+            self._heard.clear()
+            await self._heard.wait()
+
+    def _tell_departing(self, nodes: frozenset[str]) -> None:
+        if nodes != self._departing:
+            self._departing = nodes
+            for shard in self.storage.shards():
+                shard.departing(nodes)
+
+    def _hear_of_node(self, event: Event) -> None:
+        """One that went away after it said so still counts as departing, until it is back."""
+        node = event.key.removeprefix(NODES_PREFIX)
+        if node == self.node:
+            return  # perhaps of an earlier life; this one knows by itself
+        if event.value is None:
+            self._others.pop(node, None)
+            return
+        try:
+            record = NodeRecord.from_bytes(event.key, event.value)
+        except ShoalError as error:
+            _log.warning("node_record_not_read", node=node, why=error.message)
+            return
+        self._others[node] = record
+        departing = self._departing | {node} if record.draining else self._departing - {node}
+        self._tell_departing(departing)
 
     async def _delete_orphans(self, known: set[ShardKey]) -> None:
         """Replicas of collections that were deleted while this node was away."""
@@ -163,8 +232,11 @@ class ClusterNode:
 
     # -- what the records say ---------------------------------------------------------------------
     def _on_change(self, events: Sequence[Event]) -> None:
+        self._heard.set()
         for event in events:
-            if event.key.startswith(COLLECTIONS_PREFIX):
+            if event.key.startswith(NODES_PREFIX):
+                self._hear_of_node(event)
+            elif event.key.startswith(COLLECTIONS_PREFIX):
                 if event.value is not None:
                     record = CollectionRecord.from_bytes(event.key, event.value)
                     self._collections[record.id] = record
@@ -257,6 +329,7 @@ class ClusterNode:
     async def opened(self, shard: Shard) -> None:
         """Read the record anew: an old one could make a replica follow a primary of the past."""
         key = shard.spec.key
+        shard.departing(self._departing)
         while True:
             try:
                 entry = await self._store.get(shard_key(key.collection_id, key.shard))

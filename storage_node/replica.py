@@ -18,6 +18,7 @@ What it promises, as long as every member keeps what it fsynced:
    writes; the others cut what it does not have.
 5. `strong_until`: until then no other primary can have committed anything, so a read here sees
    every write that anybody was told of. Rests on clocks whose *rates* differ by CLOCK_DRIFT at most.
+   A primary that is replaced while it lives gives its lease back (Released), for its own term only.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from storage_node.replica_types import (
     Config,
     Configured,
     Cut,
+    Departing,
     Effect,
     Entry,
     Event,
@@ -54,6 +56,7 @@ from storage_node.replica_types import (
     ReadTail,
     Received,
     Refused,
+    Released,
     Send,
     Settled,
     Submit,
@@ -71,6 +74,7 @@ __all__ = [
     "Config",
     "Configured",
     "Cut",
+    "Departing",
     "Effect",
     "Entry",
     "Event",
@@ -86,6 +90,7 @@ __all__ = [
     "ReadTail",
     "Received",
     "Refused",
+    "Released",
     "Replica",
     "Send",
     "Settled",
@@ -99,6 +104,7 @@ CLOCK_DRIFT = 0.05  # how much faster one node's clock may run than another's
 APPEND_BYTES_MAX = 4 * MIB  # of one message; a larger single entry travels alone
 RECENT_BYTES_MAX = 32 * MIB  # committed entries kept in memory for replicas that lag a little
 WINDOW_ENTRIES_MAX = 4_096  # sent to a replica and not yet acknowledged by it
+_EARLIER_LIFE = -1  # in place of a term that nobody remembers
 EPOCHS_MAX = 64  # newest terms remembered; older ones lie under everybody's committed prefix
 
 
@@ -167,8 +173,12 @@ class Replica:
         self._leader: str | None = None  # secondary: who spoke as primary of self.term
         self._told = 0  # secondary: the newest commit that it named
         self._echo = float("-inf")
-        # An earlier incarnation may have answered a primary just before it died.
-        self._granted_until = now if fresh else now + self.timing.lease_s * (1 + CLOCK_DRIFT)
+        # Until when the primary of a term may answer strong reads, because we answered it. An earlier
+        # incarnation may have answered one just before it died: nobody can give that back.
+        self._grants: dict[int, float] = {}
+        if not fresh:
+            self._grants[_EARLIER_LIFE] = now + self.timing.lease_s * (1 + CLOCK_DRIFT)
+        self._departing: frozenset[str] = frozenset()
         self._fetching = False  # our part is over, see FetchFiles
         self._inherited = 0  # primary: `last` when its term began
         self._shown = 0  # primary: the last entry that anybody else may have
@@ -202,6 +212,8 @@ class Replica:
             return "not primary"
         if self.committed < self._inherited or now < self._granted_until:
             return "this replica became primary a moment ago and is not ready yet"
+        if self.node in self._departing and len(config.in_sync) > 1:
+            return "this node is being stopped, and another replica is to take over"
         if len(config.in_sync) < config.writers_min:
             return (
                 f"{len(config.in_sync)} of the replicas are in sync and "
@@ -225,6 +237,11 @@ class Replica:
         """Primary: the last entry of the terms before its own. Strong reads, and writes that ask
         about what is there, must wait until it is applied: an earlier primary answered for it."""
         return self._inherited
+
+    @property
+    def _granted_until(self) -> float:
+        """Before, a primary of an earlier term may still answer strong reads."""
+        return max(self._grants.values(), default=float("-inf"))
 
     def match_of(self, node: str) -> int | None:
         """Primary: up to where that member holds the log, as far as known."""
@@ -258,6 +275,9 @@ class Replica:
                 return self._on_configured(config, now)
             case TailRead(to, first, entries):
                 return self._on_tail(to, first, entries, now)
+            case Departing(nodes):
+                self._departing = nodes
+                return self._shrink(now) if self._primary else []
             case Tick():
                 return self._on_tick(now)
             case _:
@@ -278,7 +298,7 @@ class Replica:
             return self._members_changed(now)
         effects: list[Effect] = []
         if config.term > self.term:
-            effects += self._resign()
+            effects += self._resign(now)
             self.term, self._needs_term = config.term, False
         elif not first and not self._needs_term:
             return []  # a secondary that heard from its primary before it saw the record
@@ -295,16 +315,21 @@ class Replica:
         self._shown = max(self._shown, self.last)
         return effects + self._members_changed(now)
 
-    def _resign(self) -> list[Effect]:
+    def _resign(self, now: float) -> list[Effect]:
         """Another term begins: what was said in the old one counts no more."""
-        was_primary = self._primary
+        was_primary, peers = self._primary, sorted(self._peers)
         self._primary = False
         self._peers.clear()
         self._sent_away.clear()
         self._proposal = None
         self._verified = self.committed
         self._leader, self._told, self._echo = None, 0, float("-inf")
-        return [Abandon(self.committed)] if was_primary else []
+        effects: list[Effect] = [Abandon(self.committed)] if was_primary else []
+        if was_primary and now >= self._granted_until:
+            # From here on this node answers no strong read in its term, in this life or another. One
+            # that still waits gives nothing back: others may wait for an older lease through its own.
+            effects += (Send(peer, Released(self.term)) for peer in peers)
+        return effects
 
     def _members_changed(self, now: float) -> list[Effect]:
         must(self.config is not None, "a primary without a configuration")
@@ -401,7 +426,7 @@ class Replica:
         # Others may hold what we do not: this node does not speak in this term again.
         self._needs_term = True
         config = replace(self.config, term=self.term + 1)
-        return [*effects, *self._resign(), *self._propose(config)]
+        return [*effects, *self._resign(now), *self._propose(config)]
 
     # -- the primary and its members --------------------------------------------------------------
     def _probe(self, node: str, now: float) -> list[Effect]:
@@ -549,6 +574,9 @@ class Replica:
     def _on_message(self, sender: str, message: Message, now: float) -> list[Effect]:
         if self.config is None or self._fetching:
             return []  # which terms are over is not known yet; or our part is
+        if isinstance(message, Released):
+            self._grants.pop(message.term, None)
+            return self._advance(now)
         if message.term < self.term:
             asks = isinstance(message, Append | Probe)
             return [Send(sender, Refused(self.term))] if asks else []
@@ -558,7 +586,9 @@ class Replica:
             case Refused():
                 if message.term == self.term or not self._primary:
                     return []
-                return self._resign()  # who follows us is in the record, which we have yet to see
+                return self._resign(
+                    now
+                )  # who follows us is in the record, which we have yet to see
             case Appended() | Position():
                 if message.term != self.term or not self._primary or sender not in self._peers:
                     return []
@@ -592,8 +622,9 @@ class Replica:
     ) -> list[Effect]:
         effects: list[Effect] = []
         if m.term > self.term:  # the metadata store will tell us too, later
-            effects = self._resign()
+            effects = self._resign(now)
             self.term = m.term
+            self._grants = {term: until for term, until in self._grants.items() if until > now}
         must(not self._primary, "two primaries in one term")
         self._leader = sender
         if isinstance(m, NeedFiles):
@@ -602,9 +633,7 @@ class Replica:
             self._fetching = True
             return [*effects, FetchFiles(sender)]
         # Until then we take no part in another primary's commits: its lease rests on this.
-        self._granted_until = max(
-            self._granted_until, now + self.timing.lease_s * (1 + CLOCK_DRIFT)
-        )
+        self._grants[m.term] = now + self.timing.lease_s * (1 + CLOCK_DRIFT)
         self._echo = max(self._echo, m.sent_at)
         if isinstance(m, Probe) or not self._has(m.prev, m.prev_term):
             position = Position(
@@ -676,7 +705,9 @@ class Replica:
         return effects + self._advance(now) + self._shrink(now) + self._grow(now)
 
     def _shrink(self, now: float) -> list[Effect]:
-        """Take replicas that fail or lag out of the in-sync set."""
+        """Take replicas that fail or lag out of the in-sync set; and those that are about to stop, so
+        that no write waits until they count as failed. For that alone no primary stays behind as the
+        only one: when a whole cluster stops, each node is to have all when it starts again."""
         assert self.config is not None
         late = {
             node
@@ -684,6 +715,10 @@ class Replica:
             if now - min(self._peers[node].heard, self._peers[node].acked)
             >= self.timing.replica_timeout_s
         }
+        if self.node not in self._departing:
+            left = self.config.in_sync - late - self._departing
+            if len(left) > 1:
+                late |= self.config.in_sync & self._departing
         if not late:
             return []
         return self._propose(replace(self.config, in_sync=self.config.in_sync - late))
@@ -693,7 +728,7 @@ class Replica:
         assert self.config is not None
         there = {
             node
-            for node in self.config.joining
+            for node in self.config.joining - self._departing
             if (peer := self._peers[node]).aligned
             and peer.match >= self.committed
             and self.last - peer.match <= WINDOW_ENTRIES_MAX

@@ -136,7 +136,15 @@ class NeedFiles:
     incarnation: int
 
 
-Message = Append | Appended | Probe | Position | Refused | NeedFiles
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The sender was the primary of this term and answers no strong reads in it any more: what was
+    granted to it, by answering it, no longer keeps a new primary waiting."""
+
+    term: int
+
+
+Message = Append | Appended | Probe | Position | Refused | NeedFiles | Released
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -194,11 +202,28 @@ class TailRead:
 
 
 @dataclass(frozen=True, slots=True)
+class Departing:
+    """These nodes are about to stop, perhaps this one among them. All that are known, each time."""
+
+    nodes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed. At least every heartbeat_s / 2."""
 
 
-Event = Configured | Submit | Persisted | PersistFailed | Received | Settled | TailRead | Tick
+Event = (
+    Configured
+    | Submit
+    | Persisted
+    | PersistFailed
+    | Received
+    | Settled
+    | TailRead
+    | Departing
+    | Tick
+)
 
 
 # -- effects --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from storage_node.replica import (
     Position,
     Probe,
     Refused,
+    Released,
 )
 
 __all__ = ["decode_message", "encode_message"]
@@ -41,6 +42,8 @@ def encode_message(message: Message) -> bytes:
             body = wire.ReplicaBody(term=message.term, position=position)
         case Refused(term=term):
             body = wire.ReplicaBody(term=term, refused=wire.Refused())
+        case Released(term=term):
+            body = wire.ReplicaBody(term=term, released=wire.Released())
         case NeedFiles(term, incarnation):
             body = wire.ReplicaBody(term=term, need_files=wire.NeedFiles(incarnation=incarnation))
         case _:
@@ -96,6 +99,8 @@ def decode_message(data: bytes) -> Message:
             return Refused(term)
         case "need_files":
             return NeedFiles(term, body.need_files.incarnation)
+        case "released":
+            return Released(term)
         case None:
             raise BadRequest("Bad request: replicas of this version do not say that")
         case _:

@@ -29,6 +29,7 @@ from storage_node.replica import (
     Config,
     Configured,
     Cut,
+    Departing,
     Entry,
     Event,
     FetchFiles,
@@ -124,6 +125,9 @@ class Replication:
 
     def receive(self, sender: str, message: Message) -> None:
         self._step(Received(sender, message))
+
+    def departing(self, nodes: frozenset[str]) -> None:
+        self._step(Departing(nodes))
 
     def tick(self) -> None:
         self._step(Tick())

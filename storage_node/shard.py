@@ -267,6 +267,20 @@ class Shard:
             self._replication.receive(sender, message)
             self._applied.set()  # the lease may have come
 
+    def departing(self, nodes: frozenset[str]) -> None:
+        """These nodes are about to stop."""
+        if self._replication is not None and self.stopped is None:
+            self._replication.departing(nodes)
+
+    async def settled(self) -> None:
+        """Return when no write waits for other replicas, or this is no primary any more."""
+        replication = self._replication
+        if replication is not None and self.stopped is None:
+            replica = replication.replica
+            await replication.until(
+                lambda: not replica.is_primary or replica.committed == replica.last
+            )
+
     def tick(self) -> None:
         if self._replication is not None and self.stopped is None:
             self._replication.tick()

@@ -176,6 +176,11 @@ class World:
             ).ok:
                 return
 
+    async def say_draining(self, name: str) -> None:
+        """As its process does it."""
+        record = NodeRecord(id=name, role=NodeRole.STORAGE, incarnation=name, draining=True)
+        await self.store.txn([], {record.key: record.to_bytes()})
+
     async def promote(self, name: str, in_sync: list[str]) -> None:
         record, _ = await self.record()
         await self.change(term=record.term + 1, primary=name, in_sync=in_sync)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from index_node.builder import ProcessBuilder
+from shoal import limits, telemetry
 from shoal.announcement import NodeInfo
 from shoal.data_dir import DataDirectory, Membership
 from shoal.errors import StartupError
@@ -16,6 +19,8 @@ from storage_node.member import ClusterNode
 from storage_node.service import serve_node
 
 __all__ = ["run"]
+
+_log = telemetry.logger("member")
 
 CLOSE_S_MAX = 10.0  # others take over what this node leads: nobody should wait for it longer
 
@@ -77,3 +82,31 @@ async def _storage_node(process: RoleProcess[StorageProcess], directory: DataDir
     session = await process.register(grpc=server.port)
     process.announce(grpc=server.port, folder=directory.path)
     await process.run_until_stopped()
+    if not session.replaced:
+        leaving = asyncio.ensure_future(_hand_over(node, session))
+
+        def hurry(at_once: bool) -> None:
+            if at_once:
+                leaving.cancel()
+
+        process.stop.call(hurry)
+        await asyncio.wait([leaving])
+
+
+async def _hand_over(node: ClusterNode, session: Session) -> None:
+    """Let others take over what this node does, for HAND_OVER_S_MAX at most: they would find out
+    without us, too, but writes would wait for that."""
+    shards = len(node.held_up)
+    if not shards:
+        return
+    began_s = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(limits.HAND_OVER_S_MAX):
+            await node.depart()
+            await session.update(session.record.model_copy(update={"draining": True}))
+            await node.until_spared()
+    except Exception as error:  # also a bug must not keep the node from closing
+        why = str(error) or f"not within {limits.HAND_OVER_S_MAX:g} s"
+        _log.warning("not_handed_over", shards=len(node.held_up), of=shards, why=why)
+    else:
+        _log.info("handed_over", shards=shards, s=asyncio.get_running_loop().time() - began_s)

@@ -198,6 +198,28 @@ BUGS = (
         "            earlier.upto = min(earlier.upto, after)\n",
         "            continue\n",
     ),
+    bug(
+        "a lease is given back by a primary that still waits for another one",
+        "        if was_primary and now >= self._granted_until:\n",
+        "        if was_primary:\n",
+    ),
+    bug(
+        "a lease that is given back ends all others",
+        "self._grants.pop(message.term, None)",
+        "self._grants.clear()",
+    ),
+    bug(
+        "a lease is given back by a primary that goes on",
+        "self._departing = nodes\n",
+        "self._departing = nodes\n"
+        "                if self._primary and self.node in nodes:\n"
+        "                    return [Send(p, Released(self.term)) for p in sorted(self._peers)]\n",
+    ),
+    bug(
+        "nobody waits any more for a node that is about to stop",
+        "return self.config.in_sync | proposed",
+        "return (self.config.in_sync | proposed) - (self._departing - {self.node})",
+    ),
 )
 
 

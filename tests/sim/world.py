@@ -52,6 +52,8 @@ class Dice:
     stall_s: float
     full: float
     full_s: float
+    depart: float  # a node is stopped cleanly, and says so some time before
+    depart_s: float
     suspicion: float  # the monitor promotes for no good reason
     membership: float
     checkpoint: float
@@ -97,6 +99,8 @@ class Dice:
             stall_s=rng.choice((0.5, 4.0)),
             full=some(0.3, 0.03, 0.15),
             full_s=rng.choice((0.3, 3.0)),
+            depart=some(0.5, 0.05, 0.3),
+            depart_s=rng.choice((0.3, 5.0)),
             suspicion=some(0.6, 0.05, 0.15, 0.5),
             membership=some(0.7, 0.1, 0.5),
             checkpoint=some(0.7, 0.05, 0.4, 1.0),
@@ -157,6 +161,7 @@ class Node:
         self.waiting: dict[int, tuple[bytes, int]] = {}  # sequence -> data, coordinator
         self.seen = -1  # the newest record that it was told of; -1: none yet
         self.boots = 0
+        self.departing: frozenset[str] = frozenset()  # as far as it was told
 
     def clock(self) -> float:
         return self.world.now * self.rate
@@ -164,6 +169,8 @@ class Node:
     # -- life -------------------------------------------------------------------------------------
     def boot(self) -> None:
         self.running = True
+        self.departing = frozenset()
+        self.world.at(self.world._metadata_s(), self, self.told_departing)
         if self.disk.holds:
             self.open()
         self.reread()
@@ -195,6 +202,8 @@ class Node:
             fresh=fresh,
             now=self.clock(),
         )
+        if self.departing:
+            self.feed(world.core.Departing(self.departing))
         world.at(world.rng.random() * TICK_S, self, self.tick, self.replica)
 
     def _drop(self) -> None:
@@ -239,6 +248,15 @@ class Node:
             self.open(fresh=True)
         if self.replica is not None:
             self.feed(self.world.core.Configured(record.config))
+
+    def told_departing(self) -> None:
+        world = self.world
+        if not world._reaches_metadata(self):
+            world.at(0.5, self, self.told_departing)
+            return
+        self.departing = world.departing
+        if self.replica is not None:
+            self.feed(world.core.Departing(self.departing))
 
     def tick(self, replica: Any) -> None:
         if self.replica is replica:
@@ -397,6 +415,7 @@ class World:
         }
         copies = names[: min(dice.copies, dice.nodes)]
         config = core.Config(1, 1, names[0], frozenset(copies), writers_min=dice.writers_min)
+        self.departing: frozenset[str] = frozenset()  # who said that it is about to stop
         self.record = Record(config)
         self.records = [self.record]
         for name, node in self.nodes.items():
@@ -419,6 +438,7 @@ class World:
             (dice.crash * dice.nodes / 3, self._crash),
             (dice.pause, self._pause),
             (dice.full, self._fill),
+            (dice.depart, self._depart),
             (dice.suspicion, self._suspect),
             (dice.membership, self._change_members),
             (dice.checkpoint * dice.nodes, self._checkpoint),
@@ -618,7 +638,8 @@ class World:
 
     # -- the monitor ------------------------------------------------------------------------------
     def _watch_over(self) -> None:
-        """Once a second: promote instead of a dead primary, add and remove replicas."""
+        """Once a second: promote instead of a dead primary or one that is about to stop, add and
+        remove replicas."""
         self.at(1.0, None, self._watch_over)
         record, config = self.record, self.record.config
         if not self.nodes[config.primary].running and self.rng.random() < 0.5:
@@ -626,7 +647,10 @@ class World:
             if alive:
                 self._promote(self.rng.choice(alive))
             return
-        free = sorted(self.nodes.keys() - config.members - record.leaving)
+        if config.primary in self.departing and (stay := sorted(config.in_sync - self.departing)):
+            self._promote(self.rng.choice(stay))
+            return
+        free = sorted(self.nodes.keys() - config.members - record.leaving - self.departing)
         wanted = self.dice.copies if self.faulty else self.dice.nodes
         if free and len(config.members) < wanted and (not self.faulty or self.rng.random() < 0.3):
             stale = [name for name in free if self.nodes[name].disk.holds]
@@ -700,7 +724,27 @@ class World:
     def _boot(self, node: Node) -> None:
         if not node.running:
             self.tell(f"{node.name} starts")
+            self._say_departing(self.departing - {node.name})
             node.boot()
+
+    def _depart(self) -> None:
+        """A node is told to stop. It says so, and stops a while later, ready or not."""
+        node = self._any() if self.rng.random() < 0.4 else self.nodes[self.record.primary]
+        if node.running and node.name not in self.departing:
+            self.tell(f"{node.name} is about to stop")
+            self._say_departing(self.departing | {node.name})
+            self.at(self.dice.depart_s * self.rng.random(), None, self._stop, node)
+
+    def _say_departing(self, nodes: frozenset[str]) -> None:
+        if nodes != self.departing:
+            self.departing = nodes
+            for node in self.nodes.values():
+                self.at(self._metadata_s(), node, node.told_departing)
+
+    def _stop(self, node: Node) -> None:
+        if node.running:
+            node.crash()
+        self.at(self.dice.down_s * self.rng.random(), None, self._boot, node)
 
     def _pause(self) -> None:
         node = self._any() if self.rng.random() < 0.5 else self.nodes[self.record.primary]
@@ -781,6 +825,7 @@ class World:
         self.tell("the faults stop")
         self.faulty = False
         self.blocked.clear()
+        self._say_departing(frozenset())
         for node in self.nodes.values():
             node.full_until = 0.0
             node.paused_until = min(node.paused_until, self.now)

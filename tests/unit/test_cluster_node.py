@@ -14,9 +14,10 @@ from small_cluster import KEY, World, points, world
 
 from shoal import limits
 from shoal.batch import DenseBlock, PointBatch
-from shoal.errors import NotPrimary, ShoalError, TimedOut
+from shoal.errors import NotPrimary, ShoalError, TimedOut, Unavailable
 from shoal.ids import PointIds
 from shoal.index_api import BuildJob
+from shoal.metadata.schema import NodeRecord, NodeRole
 from shoal.storage_api import (
     AlterVectors,
     Delete,
@@ -312,5 +313,52 @@ def test_an_error_is_typed(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             with pytest.raises(ShoalError):
                 await w.nodes["a"].storage.count(ShardKey(7, 0), None)
+
+    asyncio.run(main())
+
+
+def test_a_node_that_stops_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    """It leads the shard, then it is a secondary: both times writes go on at once."""
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            monitor = NodeRecord(id="m", role=NodeRole.MONITOR, incarnation="m1")
+            await w.store.txn([], {monitor.key: monitor.to_bytes()})
+            await w.until(lambda: w.nodes["a"].held_up == [KEY], "a to know that others can go on")
+            writes = [asyncio.create_task(w.write("a", key)) for key in range(20)]
+            await asyncio.sleep(0)
+            await w.nodes["a"].depart()
+            await w.say_draining("a")
+            with pytest.raises(Unavailable, match="being stopped"):
+                await w.nodes["a"].storage.write(KEY, Upsert(points([99], 1.0)))
+            await w.promote("b", ["b", "c"])
+            await w.nodes["a"].until_spared()
+            await w.write("b", 30)
+            for write in writes:
+                write.cancel()
+            await w.stop("a")
+            await w.start("a")
+            await w.change(joining=["a"])
+            await w.in_sync("a", "b", "c")
+
+            await w.nodes["a"].depart()
+            await w.say_draining("a")
+            await w.nodes["a"].until_spared()
+            await w.in_sync("b", "c")
+            w.isolate("a")
+            await w.write("b", 31)
+            assert await w.found("c", [30, 31], applied=w.shard("b").state.applied)
+
+    asyncio.run(main())
+
+
+def test_a_node_that_nobody_misses_need_not_wait(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            assert w.nodes["a"].held_up == []  # there is no monitor that could promote another
+            await w.until(lambda: w.nodes["b"].held_up == [KEY], "b to be missed by a")
+            for name in "ac":
+                await w.say_draining(name)
+            await w.until(lambda: not w.nodes["b"].held_up, "b to hear that the others stop, too")
 
     asyncio.run(main())

@@ -122,6 +122,28 @@ def test_a_dead_primary_is_replaced_and_leaves_the_set():
     assert (record.primary, record.term, record.in_sync) == ("s2", 5, ["s2", "s3"])
 
 
+def leaving(name: str, **options: object) -> NodeView:
+    return node(name, replica(**options), draining=True)  # type: ignore[arg-type]
+
+
+def test_a_primary_that_says_that_it_stops_is_replaced_at_once():
+    found = promotion(plan(shard("s1 s2 s3"), leaving("s1"), *sound("s2", "s3"), held_s=0))
+    assert (found.primary, found.in_sync) == ("s2", ("s2", "s3"))
+    assert "being stopped" in found.reason
+    found = promotion(plan(shard("s1 s2 s3"), leaving("s1"), leaving("s2"), *sound("s3"), held_s=0))
+    assert found.primary == "s3"
+
+
+def test_nothing_moves_when_all_stop_or_none_can_take_over():
+    assert not plan(shard("s1 s2"), leaving("s1"), leaving("s2"), held_s=0).actions
+    assert not plan(shard("s1", wanted=1), leaving("s1"), held_s=0).actions
+    assert not plan(shard("s1 s2"), *sound("s1"), leaving("s2"), held_s=0).actions
+
+
+def test_a_copy_on_a_node_that_stops_does_not_return():
+    assert not plan(shard("s1 s2"), *sound("s1", "s2"), leaving("s3"), held_s=5).actions
+
+
 def test_nothing_happens_within_the_grace_period():
     found = plan(shard("s1 s2"), node("s1", **GONE), *sound("s2"), held_s=2.9)
     assert not found.actions

@@ -21,6 +21,7 @@ from storage_node.replica import (
     Config,
     Configured,
     Cut,
+    Departing,
     Effect,
     Entry,
     Event,
@@ -35,6 +36,7 @@ from storage_node.replica import (
     ReadTail,
     Received,
     Refused,
+    Released,
     Replica,
     Send,
     Settled,
@@ -351,6 +353,91 @@ def test_it_commits_nothing_while_the_old_primary_may_answer_strong_reads(shard)
     shard.wait(0.5)
     assert shard.replicas["b"].refusal(shard.now) is None
     assert shard.replicas["a"].strong_until <= shard.now
+
+
+def test_a_primary_that_is_replaced_while_it_lives_gives_its_lease_back(shard):
+    shard.wait(1)
+    shard.change(term=2, primary="b", in_sync={"b", "c"})
+    shard.tell("b")
+    shard.settle()
+    assert shard.replicas["b"].refusal(shard.now) is not None
+    shard.tell("a")  # it stops, and says so
+    shard.settle()
+    assert shard.said("a", Released) == [Released(1)] * 2
+    assert shard.replicas["b"].refusal(shard.now) is None
+    shard.write("b", b"1")
+    shard.settle()
+    assert shard.applied["b"] == [b"1"]
+
+
+def test_a_primary_that_waits_for_another_lease_gives_nothing_back(shard):
+    """d never answered a, whose lease runs on: it only knows that it answered b, who knew of a."""
+    shard.wait(1)
+    until = shard.replicas["a"].strong_until
+    shard.away = {"a"}
+    shard.change(term=2, primary="b", in_sync={"b", "c"}, joining={"d"})
+    shard.start("d", fresh=True)
+    shard.tell("b", "c", "d")
+    shard.settle()
+    assert shard.record.in_sync == {"b", "c", "d"}
+    shard.change(term=3, primary="d", in_sync={"c", "d"})
+    shard.tell("b", "c", "d")
+    shard.settle()
+    assert not shard.said("b", Released)
+    assert shard.now < until
+    assert shard.replicas["d"].refusal(shard.now) is not None
+
+
+def test_a_lease_is_given_back_for_its_own_term_only(shard):
+    shard.wait(1)
+    shard.away = {"a"}
+    shard.change(term=2, primary="b", in_sync={"b", "c"})
+    shard.tell("b", "c")
+    shard.settle()
+    refused = shard.replicas["b"].refusal(shard.now)
+    shard.step("b", Received("c", Released(2)))
+    assert shard.replicas["b"].refusal(shard.now) == refused is not None
+
+
+# -- nodes that stop -------------------------------------------------------------------------------
+def test_a_node_that_is_about_to_stop_leaves_the_set_at_once(shard):
+    shard.wait(1)
+    for node in "abc":
+        shard.step(node, Departing(frozenset("c")))
+    shard.settle()
+    assert shard.record.in_sync == {"a", "b"}
+    shard.away = {"c"}
+    shard.write("a", b"1")
+    shard.settle()
+    assert shard.applied["a"] == [b"1"]
+    shard.away = set()
+    shard.change(joining={"c"})
+    shard.tell("a", "c")
+    shard.wait(1)
+    assert "c" not in shard.record.in_sync  # it may be gone any moment
+    shard.step("a", Departing(frozenset()))
+    shard.wait(1)
+    assert shard.record.in_sync == {"a", "b", "c"}
+
+
+def test_when_all_stop_no_primary_stays_behind_as_the_only_one(shard):
+    shard.step("a", Departing(frozenset("bc")))
+    shard.wait(1)
+    assert shard.record.in_sync == {"a", "b", "c"}
+    shard.step("a", Departing(frozenset("abc")))
+    shard.wait(1)
+    assert shard.record.in_sync == {"a", "b", "c"}
+
+
+def test_a_primary_that_is_about_to_stop_takes_no_more_writes_where_others_can(shard):
+    shard.write("a", b"1")
+    shard.step("a", Departing(frozenset("a")))
+    assert "being stopped" in shard.replicas["a"].refusal(shard.now)
+    shard.settle()
+    assert shard.applied["a"] == [b"1"]
+    alone = Shard("a")
+    alone.step("a", Departing(frozenset("a")))
+    assert alone.replicas["a"].refusal(alone.now) is None
 
 
 def test_an_old_primary_is_told_that_its_term_is_over(shard):

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from shoal.errors import BadRequest
-from storage_node.replica import Append, Appended, Entry, NeedFiles, Position, Probe, Refused
+from storage_node.replica import (
+    Append,
+    Appended,
+    Entry,
+    NeedFiles,
+    Position,
+    Probe,
+    Refused,
+    Released,
+)
 from storage_node.replica_wire import decode_message, encode_message
 
 ENTRIES = (Entry(8, 2, b"x" * 1_000), Entry(9, 3, b""))
@@ -19,6 +28,7 @@ MESSAGES = [
     Position(4, 2**63 - 1, 9, 7, ((1, 1), (3, 6)), 0.25),
     Refused(5),
     NeedFiles(5, 17),
+    Released(6),
 ]
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fshoal/node/v1/replication.proto\x12\rshoal.node.v1\"`\n\x0eReplicaMessage\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\x15\n\rcollection_id\x18\x03 \x01(\x04\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\"\xa8\x02\n\x0bReplicaBody\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\'\n\x06\x61ppend\x18\x02 \x01(\x0b\x32\x15.shoal.node.v1.AppendH\x00\x12+\n\x08\x61ppended\x18\x03 \x01(\x0b\x32\x17.shoal.node.v1.AppendedH\x00\x12%\n\x05probe\x18\x04 \x01(\x0b\x32\x14.shoal.node.v1.ProbeH\x00\x12+\n\x08position\x18\x05 \x01(\x0b\x32\x17.shoal.node.v1.PositionH\x00\x12)\n\x07refused\x18\x06 \x01(\x0b\x32\x16.shoal.node.v1.RefusedH\x00\x12.\n\nneed_files\x18\x07 \x01(\x0b\x32\x18.shoal.node.v1.NeedFilesH\x00\x42\x06\n\x04says\"&\n\x08LogEntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"w\n\x06\x41ppend\x12\x0c\n\x04prev\x18\x01 \x01(\x04\x12\x11\n\tprev_term\x18\x02 \x01(\x12\x12(\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x17.shoal.node.v1.LogEntry\x12\x11\n\tcommitted\x18\x04 \x01(\x04\x12\x0f\n\x07sent_at\x18\x05 \x01(\x01\"\'\n\x08\x41ppended\x12\r\n\x05match\x18\x01 \x01(\x04\x12\x0c\n\x04\x65\x63ho\x18\x02 \x01(\x01\"\x18\n\x05Probe\x12\x0f\n\x07sent_at\x18\x01 \x01(\x01\"$\n\x05\x45poch\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"w\n\x08Position\x12\x13\n\x0bincarnation\x18\x01 \x01(\x06\x12\x0f\n\x07\x64urable\x18\x02 \x01(\x04\x12\x11\n\tcommitted\x18\x03 \x01(\x04\x12$\n\x06\x65pochs\x18\x04 \x03(\x0b\x32\x14.shoal.node.v1.Epoch\x12\x0c\n\x04\x65\x63ho\x18\x05 \x01(\x01\"\t\n\x07Refused\" \n\tNeedFiles\x12\x13\n\x0bincarnation\x18\x01 \x01(\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fshoal/node/v1/replication.proto\x12\rshoal.node.v1\"`\n\x0eReplicaMessage\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\x15\n\rcollection_id\x18\x03 \x01(\x04\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\"\xd5\x02\n\x0bReplicaBody\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\'\n\x06\x61ppend\x18\x02 \x01(\x0b\x32\x15.shoal.node.v1.AppendH\x00\x12+\n\x08\x61ppended\x18\x03 \x01(\x0b\x32\x17.shoal.node.v1.AppendedH\x00\x12%\n\x05probe\x18\x04 \x01(\x0b\x32\x14.shoal.node.v1.ProbeH\x00\x12+\n\x08position\x18\x05 \x01(\x0b\x32\x17.shoal.node.v1.PositionH\x00\x12)\n\x07refused\x18\x06 \x01(\x0b\x32\x16.shoal.node.v1.RefusedH\x00\x12.\n\nneed_files\x18\x07 \x01(\x0b\x32\x18.shoal.node.v1.NeedFilesH\x00\x12+\n\x08released\x18\x08 \x01(\x0b\x32\x17.shoal.node.v1.ReleasedH\x00\x42\x06\n\x04says\"&\n\x08LogEntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"w\n\x06\x41ppend\x12\x0c\n\x04prev\x18\x01 \x01(\x04\x12\x11\n\tprev_term\x18\x02 \x01(\x12\x12(\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x17.shoal.node.v1.LogEntry\x12\x11\n\tcommitted\x18\x04 \x01(\x04\x12\x0f\n\x07sent_at\x18\x05 \x01(\x01\"\'\n\x08\x41ppended\x12\r\n\x05match\x18\x01 \x01(\x04\x12\x0c\n\x04\x65\x63ho\x18\x02 \x01(\x01\"\x18\n\x05Probe\x12\x0f\n\x07sent_at\x18\x01 \x01(\x01\"$\n\x05\x45poch\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"w\n\x08Position\x12\x13\n\x0bincarnation\x18\x01 \x01(\x06\x12\x0f\n\x07\x64urable\x18\x02 \x01(\x04\x12\x11\n\tcommitted\x18\x03 \x01(\x04\x12$\n\x06\x65pochs\x18\x04 \x03(\x0b\x32\x14.shoal.node.v1.Epoch\x12\x0c\n\x04\x65\x63ho\x18\x05 \x01(\x01\"\t\n\x07Refused\" \n\tNeedFiles\x12\x13\n\x0bincarnation\x18\x01 \x01(\x06\"\n\n\x08Releasedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICAMESSAGE']._serialized_start=50
   _globals['_REPLICAMESSAGE']._serialized_end=146
   _globals['_REPLICABODY']._serialized_start=149
-  _globals['_REPLICABODY']._serialized_end=445
-  _globals['_LOGENTRY']._serialized_start=447
-  _globals['_LOGENTRY']._serialized_end=485
-  _globals['_APPEND']._serialized_start=487
-  _globals['_APPEND']._serialized_end=606
-  _globals['_APPENDED']._serialized_start=608
-  _globals['_APPENDED']._serialized_end=647
-  _globals['_PROBE']._serialized_start=649
-  _globals['_PROBE']._serialized_end=673
-  _globals['_EPOCH']._serialized_start=675
-  _globals['_EPOCH']._serialized_end=711
-  _globals['_POSITION']._serialized_start=713
-  _globals['_POSITION']._serialized_end=832
-  _globals['_REFUSED']._serialized_start=834
-  _globals['_REFUSED']._serialized_end=843
-  _globals['_NEEDFILES']._serialized_start=845
-  _globals['_NEEDFILES']._serialized_end=877
+  _globals['_REPLICABODY']._serialized_end=490
+  _globals['_LOGENTRY']._serialized_start=492
+  _globals['_LOGENTRY']._serialized_end=530
+  _globals['_APPEND']._serialized_start=532
+  _globals['_APPEND']._serialized_end=651
+  _globals['_APPENDED']._serialized_start=653
+  _globals['_APPENDED']._serialized_end=692
+  _globals['_PROBE']._serialized_start=694
+  _globals['_PROBE']._serialized_end=718
+  _globals['_EPOCH']._serialized_start=720
+  _globals['_EPOCH']._serialized_end=756
+  _globals['_POSITION']._serialized_start=758
+  _globals['_POSITION']._serialized_end=877
+  _globals['_REFUSED']._serialized_start=879
+  _globals['_REFUSED']._serialized_end=888
+  _globals['_NEEDFILES']._serialized_start=890
+  _globals['_NEEDFILES']._serialized_end=922
+  _globals['_RELEASED']._serialized_start=924
+  _globals['_RELEASED']._serialized_end=934
 # @@protoc_insertion_point(module_scope)

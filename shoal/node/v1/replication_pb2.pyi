@@ -21,7 +21,7 @@ class ReplicaMessage(_message.Message):
     def __init__(self, sender: _Optional[str] = ..., to: _Optional[str] = ..., collection_id: _Optional[int] = ..., shard: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class ReplicaBody(_message.Message):
-    __slots__ = ("term", "append", "appended", "probe", "position", "refused", "need_files")
+    __slots__ = ("term", "append", "appended", "probe", "position", "refused", "need_files", "released")
     TERM_FIELD_NUMBER: _ClassVar[int]
     APPEND_FIELD_NUMBER: _ClassVar[int]
     APPENDED_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ReplicaBody(_message.Message):
     POSITION_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     NEED_FILES_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     term: int
     append: Append
     appended: Appended
@@ -36,7 +37,8 @@ class ReplicaBody(_message.Message):
     position: Position
     refused: Refused
     need_files: NeedFiles
-    def __init__(self, term: _Optional[int] = ..., append: _Optional[_Union[Append, _Mapping]] = ..., appended: _Optional[_Union[Appended, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., need_files: _Optional[_Union[NeedFiles, _Mapping]] = ...) -> None: ...
+    released: Released
+    def __init__(self, term: _Optional[int] = ..., append: _Optional[_Union[Append, _Mapping]] = ..., appended: _Optional[_Union[Appended, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., need_files: _Optional[_Union[NeedFiles, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ...) -> None: ...
 
 class LogEntry(_message.Message):
     __slots__ = ("term", "data")
@@ -105,3 +107,7 @@ class NeedFiles(_message.Message):
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     def __init__(self, incarnation: _Optional[int] = ...) -> None: ...
+
+class Released(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
