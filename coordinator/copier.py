@@ -28,7 +28,8 @@ from shoal import limits
 from shoal.api.filter import Filter, parse_filter
 from shoal.batch import PointBatch
 from shoal.errors import Busy, NotFound, ShoalError
-from shoal.metadata.contract import MetadataStore
+from shoal.ids import UUID_BIT
+from shoal.metadata.contract import Compare, MetadataStore
 from shoal.metadata.leadership import Leadership
 from shoal.metadata.schema import (
     CollectionRecord,
@@ -43,10 +44,11 @@ from shoal.metadata.schema import (
 from shoal.storage_api import AlterVectors, Read, Scroll, ShardKey, Storage, UpdateVectors
 from shoal.telemetry import logger
 
-__all__ = ["Advance", "Copier", "missing"]
+__all__ = ["Advance", "Copier", "following", "missing"]
 
 _LOOK_S = 1.0  # between two looks at who leads
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.5, 30.0
+_FOREVER_S = 30.0  # at a rate of 0, between two looks whether the collection is there at all
 
 _log = logger("migration")
 
@@ -59,6 +61,13 @@ def missing(have: Stored, lack: Stored) -> Filter:
     return parse_filter(
         {"must": [{"has_vector": have.name}], "must_not": [{"has_vector": lack.name}]}
     )
+
+
+def following(key: int) -> int | None:
+    """The next key that a point can have: numbers, then UUIDs. None after the last."""
+    if key == (1 << 64) - 1:
+        return UUID_BIT
+    return None if key == 2 * UUID_BIT - 1 else key + 1
 
 
 @dataclass(slots=True)
@@ -139,9 +148,10 @@ class Copier:
         }
         if wanted and not await self._ours():
             await self._stop_all()
-        elif wanted:
+        else:
+            self._under_way = {k: task for k, task in self._under_way.items() if not task.done()}
             for key, name in wanted.items():
-                if key not in self._under_way or self._under_way[key].done():
+                if key not in self._under_way:
                     self._under_way[key] = asyncio.create_task(self._carry(name, *key))
         return bool(wanted)
 
@@ -188,7 +198,8 @@ class Copier:
             except Exception as error:
                 _log.error("migration_failed", collection=name, vector=vector, error=error)
                 await work.tell(f"a bug in Shoal, written to the log of {self._node_id}: {error}")
-                await asyncio.sleep(_BACKOFF_S_MAX)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _BACKOFF_S_MAX)
 
 
 class _Carrying:
@@ -199,8 +210,10 @@ class _Carrying:
         self._catalog, self._storage = copier._catalog, copier._storage
         self._progress = _Progress()
         self._pause_s = limits.COPY_PAUSE_S_MIN
-        self._page = 1  # points to ask for at once: payloads may be large, and nobody says how large
-        self._free_at = 0.0  # when the rate allows the next points
+        self._page = (
+            1  # points to ask for at once: payloads may be large, and nobody says how large
+        )
+        self._let_through = (float("-inf"), 0)  # when points were last, and how many
         self.changed = asyncio.Event()  # some record
 
     def _now(self) -> tuple[Collection, Migration]:
@@ -238,9 +251,8 @@ class _Carrying:
         await asyncio.sleep(limits.DROP_GRACE_S)
         name = stored_name(self._vector, migration.other.number)
         await self._alter(collection, AlterVectors(drop=(name,)))
+        await self._copier._store.txn([], {}, [migration_key(self._id, self._vector)])
         await self._go_on(collection, None)
-        key = migration_key(self._id, self._vector)
-        await self._copier._store.txn([], {}, [key])
 
     async def _alter(self, collection: Collection, alter: AlterVectors) -> None:
         for shard in collection.shards:
@@ -265,19 +277,22 @@ class _Carrying:
         if self._progress.copied > before:
             self._pause_s = limits.COPY_PAUSE_S_MIN
         await self.tell()
-        await self._pause()
+        if await self._wait(self._pause_s, collection):
+            self._pause_s = min(2 * self._pause_s, limits.COPY_PAUSE_S_MAX)
+        else:  # a switch makes the copy look the other way, and for latecomers
+            self._pause_s = limits.COPY_PAUSE_S_MIN
 
-    async def _pause(self) -> None:
-        """Not when a record changes: a switch makes the copy look the other way, too."""
-        await self._wait(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, limits.COPY_PAUSE_S_MAX)
-
-    async def _wait(self, seconds: float | None) -> None:
-        """So long, or until a record has changed."""
-        self.changed.clear()
+    async def _wait(self, seconds: float, known: Collection) -> bool:
+        """So long (True), or until the record is another one than that of `known` (False)."""
+        deadline = asyncio.get_running_loop().time() + seconds
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.changed.wait()
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    self.changed.clear()
+                    if self._now()[0] is not known:  # perhaps since before we began to wait
+                        return False
+                    await self.changed.wait()
+        return True
 
     async def _copy_shard(self, shard: ShardKey) -> AsyncIterator[int]:
         """Gives after each batch how many of its points have no text."""
@@ -292,7 +307,7 @@ class _Carrying:
                 points = await self._lacking(shard, pair, start)
                 if not len(points):
                     break
-                start = points.ids.key(len(points) - 1) + 1
+                start = following(points.ids.key(len(points) - 1))
                 yield len(points) - await self._copy(shard, points, pair)
 
     def _pair(self) -> Pair | None:
@@ -333,6 +348,7 @@ class _Carrying:
         write = UpdateVectors(batch, if_versions=points.versions[rows])
         await self._storage.write(shard, write)
         self._progress.copied += len(rows)
+        self._progress.error = ""
         return len(rows)
 
     async def _turn(self, count: int) -> bool:
@@ -340,17 +356,17 @@ class _Carrying:
         is nothing to copy any more."""
         loop = asyncio.get_running_loop()
         while True:
-            _, migration = self._now()
+            collection, migration = self._now()
             rate, now = migration.points_per_second, loop.time()
             if migration.phase is not MigrationPhase.COPYING:
                 return False
-            if rate is None:
-                return True
-            if rate > 0 and now >= self._free_at:
-                self._free_at = max(now, self._free_at) + count / rate
+            at, points = self._let_through
+            pause_s = 0.0 if rate is None else _FOREVER_S if rate <= 0 else at + points / rate - now
+            if pause_s <= 0:
+                self._let_through = (now, count)
                 return True
             await self.tell()
-            await self._wait(None if rate <= 0 else self._free_at - now)
+            await self._wait(min(pause_s, _FOREVER_S), collection)
 
     # -- telling ----------------------------------------------------------------------------------
     async def tell(self, error: str | None = None) -> None:
@@ -376,8 +392,10 @@ class _Carrying:
             points_per_second=progress.rate,
             error=progress.error,
         )
-        key = migration_key(self._id, self._vector)
+        puts = {migration_key(self._id, self._vector): record.to_bytes()}
         try:
-            await self._copier._store.txn([], {key: record.to_bytes()})
+            collection, _ = self._now()  # the guard: nothing is left behind by one that is over
+            guard = Compare(collection.record.key, collection.revision)
+            await self._copier._store.txn([guard], puts)
         except ShoalError as refused:  # it is for people only
-            _log.warning("progress_not_told", why=refused.message)
+            _log.info("progress_not_told", why=refused.message)

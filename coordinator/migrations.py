@@ -12,6 +12,7 @@ All state is in the collection's record, hence every coordinator knows it and an
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -154,7 +155,7 @@ class Migrations:
             )
         if pair is None or pair.second is None:
             raise _not_ready(under_way.phase)
-        if not under_way.complete and not request.allow_missing:
+        if not request.allow_missing:
             left = await self._count_stored(collection, missing(pair.given, pair.second))
             if left:
                 raise BadRequest(
@@ -237,7 +238,7 @@ class Migrations:
             left=left,
             without_text=None if said is None else said.without_text,
             points_per_second=None if said is None else said.points_per_second,
-            seconds_left=_seconds_left(left, said),
+            seconds_left=_seconds_left(left, said, under_way.points_per_second),
             copied_by=None if said is None else said.node,
             error=None if said is None else said.error or None,
             recorded_queries=len(self._recorded.get((collection.record.id, vector), ())),
@@ -452,10 +453,11 @@ def _model(bound: BoundModel, dim: int) -> dict[str, str | int | None]:
     return {"model": bound.model, "fingerprint": bound.fingerprint, "size": dim}
 
 
-def _seconds_left(left: int, said: MigrationProgress | None) -> float | None:
-    if said is None or said.points_per_second <= 0:
+def _seconds_left(left: int, said: MigrationProgress | None, bound: float | None) -> float | None:
+    """bound: the most points per second, by now. None: nobody knows."""
+    if said is None or said.points_per_second <= 0 or bound == 0:
         return None
-    return max(0, left - said.without_text) / said.points_per_second
+    return max(0, left - said.without_text) / min(said.points_per_second, bound or math.inf)
 
 
 def _compared(
