@@ -34,7 +34,16 @@ from monitor.failover import (
     changed,
     decide,
 )
-from monitor.view import ClusterView, Fact, NodeView, ShardView, remember, unregistered
+from monitor.view import (
+    ClusterView,
+    Fact,
+    NodeView,
+    Setback,
+    ShardView,
+    lasting,
+    remember,
+    unregistered,
+)
 from shoal import limits, telemetry
 from shoal.errors import InvariantError, ShoalError
 from shoal.health import Health
@@ -143,6 +152,7 @@ class ClusterMonitor:
         )
         self._records = _Records(self._watched.entries)
         self._since: dict[Fact, float] = {}
+        self._setbacks: dict[tuple[ShardKey, str], Setback] = {}
         self._written: dict[str, int] = {}  # key -> revision of our own change, until we see it
         self._findings: tuple[Finding, ...] = ()
         self._story: deque[Deed] = deque(maxlen=limits.STORY_ACTIONS_MAX)
@@ -247,6 +257,7 @@ class ClusterMonitor:
         facts = remember(view)
         if leading:
             self._since = facts
+            self._setbacks = lasting(view, self._rules.setback_forgotten_s)
             await self._heal(view)
         else:
             self._since = {f: at for f, at in facts.items() if f[0] in _FACTS_OF_FOLLOWERS}
@@ -307,6 +318,7 @@ class ClusterMonitor:
                 outcome = "done" if result.ok else "outrun"
                 if result.ok:
                     self._written[key] = result.revision
+                    self._note_setback(action)
         deed = Deed(datetime.now(UTC), action, outcome)
         self._story.append(deed)
         self._untold.append(deed)
@@ -319,6 +331,13 @@ class ClusterMonitor:
             why=action.reason,
             outcome=outcome,
         )
+
+    def _note_setback(self, action: Action) -> None:
+        if isinstance(action, CancelJoining) and action.failed:
+            place = (action.key, action.node)
+            before = self._setbacks.get(place)
+            count = 1 if before is None else before.count + 1
+            self._setbacks[place] = Setback(count, self._clock())
 
     def _tell(self, findings: tuple[Finding, ...]) -> None:
         """Keep them for people; the log gets what has become red, once."""
@@ -375,7 +394,7 @@ class ClusterMonitor:
         for record in self._records.storage_nodes():
             seen = nodes.get(record.id, NodeView(record.id))
             nodes[record.id] = NodeView(record.id, record, seen.replicas, seen.asked)
-        return ClusterView(self._clock(), list(self._shards()), nodes, self._since)
+        return ClusterView(self._clock(), list(self._shards()), nodes, self._since, self._setbacks)
 
     def _shards(self) -> Iterator[ShardView]:
         """Of active collections; not those whose record we changed and have not seen yet."""

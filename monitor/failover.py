@@ -69,6 +69,8 @@ class FailoverRules:
     joining_stuck_s        how long a joining replica may stand still before it makes room. Files
                            show no progress here, so this must cover the copying of one shard.
     unread_stuck_s         the same for one whose primary does not understand it, or it the primary.
+    rejoin_s               after a node had to give up a copy, it is not given it again for so long,
+                           twice as long after each further time, up to rejoin_s_max.
     interval_s             between two looks. ask_timeout_s: for one node's answer.
     """
 
@@ -79,8 +81,15 @@ class FailoverRules:
     rereplicate_after_s: float = 60.0
     joining_stuck_s: float = 3_600.0
     unread_stuck_s: float = 60.0
+    rejoin_s: float = 30.0
+    rejoin_s_max: float = 3_600.0
     interval_s: float = 1.0
     ask_timeout_s: float = 2.0
+
+    @property
+    def setback_forgotten_s(self) -> float:
+        """A setback of so long ago says nothing any more."""
+        return 2 * self.rejoin_s_max
 
     @property
     def metadata_lost_s(self) -> float:
@@ -113,10 +122,13 @@ class AddJoining:
 
 @dataclass(frozen=True, slots=True)
 class CancelJoining:
+    """failed: the node could not take the copy, which is a `Setback`."""
+
     key: ShardKey
     revision: int
     node: str
     reason: str
+    failed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,12 +360,15 @@ class _Planner:
     # -- copies that come -------------------------------------------------------------------------
     def cancel(self, shard: ShardView) -> bool:
         for name in shard.record.joining:
-            reason = self._why_not_join(shard, self.view.node(name))
+            node = self.view.node(name)
+            reason = self._why_not_join(shard, node)
+            failed = reason is not None
+            reason = reason or self._who_came_back(shard, node)
             if reason is not None:
                 self._receives[name] -= 1
                 self._sends[shard.record.primary] -= 1
                 self._copies[name] -= 1
-                self.actions.append(CancelJoining(shard.key, shard.revision, name, reason))
+                self.actions.append(CancelJoining(shard.key, shard.revision, name, reason, failed))
                 return True
         return False
 
@@ -386,6 +401,10 @@ class _Planner:
             return (
                 f"The joining replica on {node.id} has stood still for {rules.joining_stuck_s:g} s."
             )
+        return None
+
+    def _who_came_back(self, shard: ShardView, node: NodeView) -> str | None:
+        replica = node.replica(shard.key)
         if replica is None or replica.durable == 0:
             for back in self._stale(shard):
                 old = back.replica(shard.key)
@@ -436,9 +455,21 @@ class _Planner:
         found: list[tuple[bool, int, int, str]] = []
         for node in self._outside(shard):
             replica = node.sound_replica(shard.key)
+            if self._pause_s(shard, node) > 0:
+                continue
             if replica is not None and replica.writable and not node.departing:
                 found.append((replica.durable == 0, -replica.term, -replica.durable, node.id))
         return [self.view.nodes[name] for *_, name in sorted(found)]
+
+    def _pause_s(self, shard: ShardView, node: NodeView) -> float:
+        """How long it is not to be given this copy, because it could not take it before: whatever was
+        in the way (a disk that is full while it copies) would be again."""
+        setback = self.view.setbacks.get((shard.key, node.id))
+        if setback is None:
+            return 0.0
+        doubled = min(setback.count - 1, _DOUBLED_MAX)
+        pause_s = min(self.rules.rejoin_s * float(1 << doubled), self.rules.rejoin_s_max)
+        return max(0.0, setback.at_s + pause_s - self.view.now_s)
 
     def _has_room(self, node: str) -> bool:
         return self._receives[node] < limits.RETURNS_PER_NODE_MAX
@@ -456,11 +487,17 @@ class _Planner:
             node.record.zone for name in record.members() if (node := self.view.node(name)).record
         }
         found: list[tuple[bool, int, str]] = []
+        paused: list[tuple[float, str]] = []
         for node in self._outside(shard):
             assert node.record is not None
-            if node.replica(shard.key) is None and not node.departing and node.writable:
+            if (pause_s := self._pause_s(shard, node)) > 0:
+                paused.append((pause_s, node.id))
+            elif node.replica(shard.key) is None and not node.departing and node.writable:
                 same_zone = bool(node.record.zone) and node.record.zone in zones
                 found.append((same_zone, self._copies[node.id], node.id))
+        if not found and paused:
+            pause_s, name = min(paused)
+            return None, f"{name} could not take one before; it is tried again in {pause_s:.0f} s."
         if not found:
             return None, "there is no other node that could hold one: start another storage node."
         if sum(self._receives.values()) >= limits.JOINS_MAX:
@@ -523,5 +560,6 @@ class _Planner:
         self.findings.append(Finding(state, shard.key, f"{name}: {reason}"))
 
 
+_DOUBLED_MAX = 30  # more has no meaning and ends beyond what floats hold
 _VERSIONS = "do they run versions of Shoal that do not know each other?"
 _SEVERITY = {Health.GREEN: 0, Health.YELLOW: 1, Health.RED: 2}

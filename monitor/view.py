@@ -16,10 +16,12 @@ __all__ = [
     "ClusterView",
     "Fact",
     "NodeView",
+    "Setback",
     "ShardView",
     "full",
     "is_stopped",
     "joining_at",
+    "lasting",
     "remember",
     "short",
     "silent",
@@ -92,13 +94,23 @@ class ShardView:
 
 
 @dataclass(frozen=True, slots=True)
+class Setback:
+    """A copy was given up `count` times in a row on a node that could not take it, last at `at_s`."""
+
+    count: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterView:
-    """now_s: seconds that never go back. since: when the facts of `remember` began."""
+    """now_s: seconds that never go back. since: when the facts of `remember` began. setbacks: of
+    joining copies, by shard and node; the driver carries them on with `lasting`."""
 
     now_s: float
     shards: Sequence[ShardView]
     nodes: Mapping[str, NodeView]
     since: Mapping[Fact, float] = field(default_factory=dict)
+    setbacks: Mapping[tuple[ShardKey, str], Setback] = field(default_factory=dict)
 
     def node(self, node: str) -> NodeView:
         return self.nodes.get(node) or NodeView(node)
@@ -106,6 +118,17 @@ class ClusterView:
     def held_s(self, fact: Fact) -> float:
         """How long this has been so; 0 for what was not so, or not remembered, until now."""
         return self.now_s - self.since.get(fact, self.now_s)
+
+
+def lasting(view: ClusterView, forget_s: float) -> dict[tuple[ShardKey, str], Setback]:
+    """The setbacks that still count: not those of nodes that are in sync by now, of shards that are
+    gone, or after `forget_s` without another one."""
+    in_sync = {shard.key: shard.record.in_sync for shard in view.shards}
+    return {
+        (key, node): setback
+        for (key, node), setback in view.setbacks.items()
+        if key in in_sync and node not in in_sync[key] and view.now_s - setback.at_s < forget_s
+    }
 
 
 def remember(view: ClusterView) -> dict[Fact, float]:

@@ -175,8 +175,8 @@ BUGS = (
     ),
     bug(
         "writes without an answer are called lost",
-        "return [Abandon(self.committed)] if",
-        "return [Abandon(self.committed, lost=True)] if",
+        "[Abandon(self.committed)] if",
+        "[Abandon(self.committed, lost=True)] if",
     ),
     bug(
         "a message that was lost is not missed",

@@ -43,7 +43,7 @@ class FakeReplicas:
     def __init__(self, name: str, *keys: ShardKey) -> None:
         self.name, self.answers_as = name, name
         self.durable = dict.fromkeys(keys, 10)
-        self.down = self.hung = False
+        self.down = self.hung = self.full = False
         self.lost_s = 0.0
         self.asked = 0
 
@@ -55,7 +55,15 @@ class FakeReplicas:
             await asyncio.Event().wait()
         return [
             ReplicaStatus(
-                self.answers_as, "secondary", 1, at, at, True, key, ShardInfo(), self.lost_s
+                self.answers_as,
+                "secondary",
+                1,
+                at,
+                at,
+                not self.full,
+                key,
+                ShardInfo(),
+                self.lost_s,
             )
             for key, at in self.durable.items()
         ]
@@ -268,6 +276,47 @@ def test_a_lost_copy_is_made_anew_elsewhere_and_the_old_one_goes(tmp_path: Path)
         await cluster.after(0, monitor)
         assert (await cluster.record()).leaving == ["s3"]
         assert deeds(monitor) == [(AddJoining, "done"), (Leave, "done")]
+
+    run(tmp_path, story)
+
+
+def test_a_disk_that_is_full_while_it_copies_is_tried_ever_less_often(tmp_path: Path):
+    """Giving up empties it: without a pause it would be joined again at once, for ever."""
+
+    async def story(cluster: Cluster) -> None:
+        await cluster.add_collection("s1", "s2")
+        monitor = await cluster.monitor()
+        s3 = cluster.nodes["s3"]
+        for _ in range(3_600):
+            joining = "s3" in (await cluster.record()).joining
+            s3.durable = {KEY: 0}
+            s3.full = joining
+            await cluster.after(1, monitor)
+        joined = [deed for deed in monitor.status().story if isinstance(deed.action, AddJoining)]
+        assert 5 <= len(joined) <= 9
+        await cluster.add_node("s4")
+        await cluster.after(1, monitor)
+        assert (await cluster.record()).joining == ["s4"]
+
+    run(tmp_path, story)
+
+
+def test_what_a_node_that_stops_leads_is_led_by_another_at_once(tmp_path: Path):
+    async def story(cluster: Cluster) -> None:
+        await cluster.add_collection("s1", "s2", "s3", shards=3)
+        monitor = await cluster.monitor()
+        monitor._wake.clear()
+        record = NodeRecord(
+            id="s1", role=NodeRole.STORAGE, incarnation="i", grpc="s1:1", draining=True
+        )
+        await cluster.put(record.key, record.to_bytes(), cluster.leases["s1"])
+        assert monitor._wake.is_set()
+        await cluster.after(0, monitor)
+        assert deeds(monitor) == [(Promote, "done")] * 3
+        for number in range(3):
+            shard = await cluster.record(ShardKey(7, number))
+            assert shard.primary != "s1"
+            assert shard.in_sync == [shard.primary, *({"s2", "s3"} - {shard.primary})]
 
     run(tmp_path, story)
 

@@ -20,7 +20,7 @@ from monitor.failover import (
     changed,
     decide,
 )
-from monitor.view import ClusterView, Fact, NodeView, ShardView, remember
+from monitor.view import ClusterView, Fact, NodeView, Setback, ShardView, lasting, remember
 from shoal import limits
 from shoal.errors import InvariantError
 from shoal.health import Health
@@ -90,10 +90,11 @@ def plan(
     *nodes: NodeView,
     held_s: float = 3_000.0,
     held: dict[Fact, float] | None = None,
+    setbacks: dict[tuple[ShardKey, str], Setback] | None = None,
 ) -> Plan:
     """Decide with every fact of the view having held for `held_s`, those in `held` differently."""
     listed = shards if isinstance(shards, list) else [shards]
-    view = ClusterView(NOW, listed, {each.id: each for each in nodes})
+    view = ClusterView(NOW, listed, {each.id: each for each in nodes}, setbacks=setbacks or {})
     since = dict.fromkeys(remember(view), NOW - held_s)
     since |= {fact: NOW - seconds for fact, seconds in (held or {}).items()}
     return decide(replace(view, since=since), RULES)
@@ -425,6 +426,53 @@ def test_a_copy_that_comes_back_replaces_a_new_one_that_has_nothing_yet():
     assert isinstance(then, AddJoining)
     assert then.node == "s3"
     assert not plan(shard("s1 s2", "s3"), *nodes, held_s=5).actions
+
+
+def setback(count: int, ago_s: float, name: str = "s3") -> dict[tuple[ShardKey, str], Setback]:
+    return {(KEY, name): Setback(count, NOW - ago_s)}
+
+
+@pytest.mark.parametrize("rest", [(replica(durable=0),), (replica(durable=5),), ()])
+def test_a_node_that_could_not_take_a_copy_is_not_given_it_again_at_once(rest):
+    """Its disk fills up while it copies, and is emptied by giving up."""
+    nodes = [*sound("s1", "s2"), node("s3", *rest)]
+    for count, pause_s in ((1, 30), (2, 60), (5, 480), (9, 3_600), (9_999, 3_600)):
+        waits = plan(shard("s1 s2"), *nodes, setbacks=setback(count, pause_s - 1))
+        assert not waits.actions, count
+        if count == 2:
+            assert (
+                "s3 could not take one before; it is tried again in 1 s" in waits.findings[0].reason
+            )
+        found = only(plan(shard("s1 s2"), *nodes, setbacks=setback(count, pause_s)))
+        assert isinstance(found, AddJoining)
+        assert found.node == "s3"
+
+
+def test_another_node_is_preferred_to_one_that_could_not_take_a_copy():
+    nodes = [*sound("s1", "s2"), node("s3", replica(durable=5)), node("s4")]
+    found = only(plan(shard("s1 s2"), *nodes, setbacks=setback(1, 0)))
+    assert isinstance(found, AddJoining)
+    assert found.node == "s4"
+    # … and it does not drive that one out before its time.
+    empty = node("s4", replica(durable=0, role="joining"))
+    nodes = [*sound("s1", "s2"), node("s3", replica(durable=5)), empty]
+    assert not plan(shard("s1 s2", "s4"), *nodes, setbacks=setback(1, 0), held_s=5).actions
+
+
+def test_what_counts_as_a_setback():
+    gone = only(plan(shard("s1 s2", "s3"), *sound("s1", "s2"), node("s3", replica(writable=False))))
+    assert isinstance(gone, CancelJoining)
+    assert gone.failed
+    nodes = [*sound("s1", "s2", "s3"), node("s4", replica(durable=0, role="joining"))]
+    outdone = only(plan(shard("s1 s2", "s4"), *nodes, held_s=5))
+    assert isinstance(outdone, CancelJoining)
+    assert not outdone.failed
+
+
+def test_setbacks_are_forgotten():
+    kept = {**setback(3, 0), **setback(2, 0, "s2"), (ShardKey(9, 9), "s3"): Setback(1, NOW)}
+    view = ClusterView(NOW, [shard("s1 s2")], {}, setbacks={**kept, **setback(3, 99, "s4")})
+    assert lasting(view, 99) == setback(3, 0)
 
 
 # -- copies that go -------------------------------------------------------------------------------
