@@ -68,24 +68,27 @@ def test_another_rate_counts_at_once(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def test_a_rate_that_changes_while_progress_is_told_is_heard(tmp_path: Path) -> None:
+def test_a_rate_that_changes_at_the_last_moment_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the copy has looked at it, and before it begins to wait."""
+
     async def test(world: World) -> None:
         await world.create()
         await world.put(*(point(k, vector_of("org/old", "x"), text=f"t{k}") for k in range(30)))
-        store = world.coordinator._store
-        told, txn = asyncio.Event(), store.txn
+        tell, calls = copier._Carrying.tell, 0
 
-        async def telling(compares: Any, puts: Any, deletes: Any = (), **more: Any) -> Any:
-            done = await txn(compares, puts, deletes, **more)
-            if any(key.startswith(PROGRESS) for key in puts) and not told.is_set():
-                told.set()
-                await world.ask("POST", M, START)  # after it was looked at, before it is waited for
-            return done
+        async def telling(self: Any, error: str | None = None) -> None:
+            nonlocal calls
+            await tell(self, error)
+            calls += self._progress.copied > 0
+            if calls == 2:  # the first is after a page, the second before the wait for the next
+                await world.ask("POST", M, START)
 
-        store.txn = telling  # type: ignore[method-assign]
+        monkeypatch.setattr(copier._Carrying, "tell", telling)
         await world.ask("POST", M, START | {"points_per_second": 1e-6})
         await world.copied()
-        assert told.is_set()
+        assert calls >= 2
 
     run(tmp_path, test)
 
@@ -278,40 +281,44 @@ async def _gone(world: World, path: str) -> bool:
 
 
 @pytest.mark.parametrize("with_text", [True, False])
-def test_the_largest_ids(tmp_path: Path, with_text: bool) -> None:
+@pytest.mark.parametrize("sealed", [True, False])
+def test_the_largest_ids(tmp_path: Path, sealed: bool, with_text: bool) -> None:
     """After each page the copy goes on behind its last point; behind these there is none."""
+    ids = [1, 2**64 - 1, "00000000-0000-0000-0000-000000000000", LAST]
+    payload = {"text" if with_text else "other": "t", "long": "~" * 30_000 if sealed else ""}
 
-    async def test(world: World) -> None:
-        await world.create(shard_number=1)
-        ids = [1, 2**64 - 1, "00000000-0000-0000-0000-000000000000", LAST]
-        payload = {"text": "t"} if with_text else {}
-        for id_ in ids:
-            await world.put(
-                {"id": id_, "vector": {"v": vector_of("org/old", "t")}, "payload": payload}
-            )
-        await world.ask(
-            "POST", M, START if with_text else START | {"text_field": "t"}
-        ) if with_text else None
-        if not with_text:
-            await world.put(point(3, doc("three"), text="three"))
+    async def test() -> None:
+        async with life(tmp_path, seal_bytes=65_536) as world:
+            await world.create(shard_number=1)
+            shard = world.coordinator.catalog.get("c").shards[0]
+            storage = world.coordinator._storage
+            numbers = {"v": vector_of("org/old", "t")}
+            for id_ in ids:
+                await world.put({"id": id_, "vector": numbers, "payload": payload})
+            await world.put(point(3, numbers["v"], text="three"))
+
+            async def is_sealed() -> bool:
+                info = await storage.info(shard)
+                return info.segments > 1 and info.pending == 0
+
+            if sealed:
+                await eventually(is_sealed)
             await world.ask("POST", M, START)
-        left = 0 if with_text else 4
-        status = await world.until(
-            lambda s: s["phase"] == "copying" and s["left"] == left and s["without_text"] == left
-        )
-        assert status.get("error") is None
-        shard = world.coordinator.catalog.get("c").shards[0]
-        keys = PointIds.from_keys([parse_id(id_) for id_ in ids])
-        found = await world.coordinator._storage.retrieve(shard, keys, True, True, Read())
-        block = found.dense.get("v\x1f1")
-        if with_text:
-            assert block is not None
-            assert np.allclose(block.values, vector_of("org/new", "t"))
-        else:
-            assert block is None or block.present is not None
-            assert block is None or not block.present.any()
+            left = 0 if with_text else 4
+            status = await world.until(
+                lambda s: s["left"] == left and s.get("without_text") == left
+            )
+            assert status.get("error") is None
+            keys = PointIds.from_keys([parse_id(id_) for id_ in ids])
+            found = await storage.retrieve(shard, keys, True, ("v\x1f1",), Read(strong=True))
+            block = found.dense.get("v\x1f1")
+            if with_text:
+                assert block is not None
+                assert np.allclose(block.values, vector_of("org/new", "t"))
+            else:
+                assert block is None or (block.present is not None and not block.present.any())
 
-    run(tmp_path, test)
+    asyncio.run(test())
 
 
 def test_what_follows_a_key() -> None:
@@ -405,10 +412,12 @@ class Mortal:
 
 
 @asynccontextmanager
-async def life(tmp_path: Path, mortal: Mortal | None = None) -> AsyncIterator[World]:
-    """One coordinator on what an earlier one has left."""
+async def life(
+    tmp_path: Path, mortal: Mortal | None = None, **settings: Any
+) -> AsyncIterator[World]:
+    """One coordinator on what an earlier one has left. settings: of the storage."""
     store = await EmbeddedStore.open(tmp_path / "metadata.sqlite")
-    storage = StorageNode(tmp_path / "shards", builder=None, settings=StorageSettings())
+    storage = StorageNode(tmp_path / "shards", builder=None, settings=StorageSettings(**settings))
     router = Router(store, LocalNodes(LOCAL_NODE, storage), local=LOCAL_NODE)
     await router.start()
     others = asyncio.all_tasks()
