@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 TORCH_FLAGS ?=
 
 .PHONY: help install demo serve test check test-slow sim test-compat test-browser bench proto format clean
-.PHONY: cluster cluster-down cluster-status test-cluster test-on-cluster test-docker load
+.PHONY: cluster cluster-down cluster-status test-cluster test-on-cluster test-docker test-gpu load
 
 help:
 	@echo "make demo          index real text, ask it questions, leave the server running"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-cluster  real clusters on this machine, broken in every way; needs etcd"
 	@echo "make test-on-cluster   the tests of one server, against a cluster"
 	@echo "make test-docker   the image and the compose file; needs Docker"
+	@echo "make test-gpu      the encoder on the GPUs that torch sees"
 	@echo "make sim           the replication core in a simulated cluster, 5,000 seeds (SEEDS=)"
 	@echo "make test-compat   LangChain, LlamaIndex, Haystack and mem0 against a server"
 	@echo "make test-browser  the dashboard in Chromium"
@@ -76,6 +77,9 @@ test-on-cluster: $(STAMP)
 
 test-docker: $(STAMP)
 	$(BIN)/python -m pytest -m docker
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 SEEDS ?= 5000
 sim: $(STAMP)

@@ -89,7 +89,8 @@ def join_group(*, timeout_s: float, device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        # What stays in the memory of the CPU, such as a parameter server's messages, goes by gloo.
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=PrefixStore(f"attempt{attempt}", store),
         rank=rank,
         world_size=size,
