@@ -98,13 +98,21 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """As JSONL, what `read_pairs` reads."""
-    with path.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            row: dict[str, object] = {"query": pair.query, "positive": pair.positive}
-            if pair.negatives:
-                row["negatives"] = list(pair.negatives)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """As JSONL, what `read_pairs` reads. What was at `path` stays until all are written, which may
+    be the pairs that these are made of. Raises SettingsError when it cannot be written."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            for pair in pairs:
+                row: dict[str, object] = {"query": pair.query, "positive": pair.positive}
+                if pair.negatives:
+                    row["negatives"] = list(pair.negatives)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        raise SettingsError(f"The pairs could not be written: {error}.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

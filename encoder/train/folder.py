@@ -72,6 +72,11 @@ def _lock(file: Path) -> int:
 def _check_run(out: Path, fixed: Mapping[str, Any]) -> None:
     file = out / "run.json"
     if not file.is_file():
+        if (out / "checkpoints/latest.json").is_file():
+            raise SettingsError(
+                f"{out} holds a checkpoint and no run.json, which would say of which run. Give another "
+                "--out."
+            )
         return
     try:
         there = json.loads(file.read_text(encoding="utf-8"))

@@ -113,6 +113,8 @@ def run(arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments))
     if not 0 <= given.negatives <= NEGATIVES_MAX:
         raise SettingsError(f"--negatives must be from 0 to {NEGATIVES_MAX}.")
+    if not 0 <= given.skip < given.depth:
+        raise SettingsError("--skip must be 0 or more, and less than --depth.")
     names = ("collection", "text_field", "model", "using", "negatives", "skip", "depth", "seed")
     mine = Mine(**{name: getattr(given, name) for name in names})
     from shoal.client import Client

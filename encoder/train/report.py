@@ -174,7 +174,7 @@ def draw_curves(histories: Mapping[str, Sequence[Path]], out: Path) -> bool:
                 right.plot(places, [x[metric] for x in judged], marker=".", label=label, **given)
     left.set(xlabel="step", ylabel="loss (InfoNCE)" + (", smoothed" if several else ""))
     right.set(
-        xlabel="step", ylabel="nDCG@10 of held-out queries" if several else "held-out queries"
+        xlabel="step", ylabel="nDCG@10 on held-out queries" if several else "on held-out queries"
     )
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -40,8 +40,9 @@ _SAME_TO_RESUME = (
 
 # The least that a number may be, and names in --out that no model may take.
 _AT_LEAST: dict[int, tuple[str, ...]] = {
+    8: ("max_tokens",),
     1: (
-        *("dp", "pp", "tp", "steps", "batch_pairs", "accumulate", "chunk_rows", "max_tokens"),
+        *("dp", "pp", "tp", "steps", "batch_pairs", "accumulate", "chunk_rows"),
         *("held_out", "documents", "local_period", "powersgd_rank"),
     ),
     0: (

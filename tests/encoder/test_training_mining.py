@@ -6,9 +6,11 @@ import random
 
 import pytest
 
+from encoder.train import mining
 from encoder.train.data import Pair, read_pairs
 from encoder.train.mining import Mine, choose_negatives
 from shoal.client import Client, Texts, VectorParams
+from shoal.errors import SettingsError
 
 NOTES = {
     "How do I fix the radiator?": "Bleed the radiator when it stays cold at the top.",
@@ -29,10 +31,18 @@ def test_negatives_are_near_and_not_known_to_fit():
     assert choose_negatives(["answer"], {"answer"}, mine, random.Random(1)) == ()
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [("--negatives 65", "from 0 to 64"), ("--skip -1", "0 or more"), ("--skip 50", "less than")],
+)
+def test_numbers_that_make_no_sense_are_told(tmp_path, flags, told):
+    given = f"--collection c --text-field t --query-field q --out {tmp_path / 'out.jsonl'} {flags}"
+    with pytest.raises(SettingsError, match=told):
+        mining.run(given.split())
+
+
 @pytest.mark.slow
 def test_pairs_of_a_collection_get_negatives_from_it(server, collection, tmp_path):
-    from encoder.train import mining
-
     payloads = [{"question": q, "text": t} for q, t in NOTES.items()] + [{"text": "no question"}]
     with Client(server.grpc) as client:
         client.create_collection(collection, VectorParams(384))

@@ -217,6 +217,21 @@ def test_wrong_pairs_are_named(tmp_path, name, text, told):
         read_pairs(tmp_path / name)
 
 
+def test_pairs_are_replaced_whole_or_not_at_all(tmp_path):
+    write_pairs(tmp_path / "a.jsonl", SOME)
+
+    def broken():
+        yield Pair("new", "pair")
+        raise RuntimeError("the server has gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        write_pairs(tmp_path / "a.jsonl", broken())
+    assert read_pairs(tmp_path / "a.jsonl") == SOME
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+    with pytest.raises(SettingsError, match="could not be written"):
+        write_pairs(tmp_path / "no folder" / "a.jsonl", SOME)
+
+
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     for name in ("a.jsonl", "a.csv"):
         (tmp_path / name).write_bytes("query,positive\ncafé,p\n".encode("latin-1"))
@@ -367,6 +382,7 @@ def test_nobody_gets_further_ahead_than_the_bound():
         ("--dp 2 --tp 2 --shard ddp", "fsdp does"),
         ("--mode parameter-server", "--dp 2 or more"),
         ("--pp 0", "1 or more"),
+        ("--max-tokens 2", "8 or more"),
         ("--seed -1", "0 or more"),
         (f"--seed {2**32}", "or less"),
         ("--lr 0", "more than 0"),

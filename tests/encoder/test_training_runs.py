@@ -360,6 +360,14 @@ def test_two_runs_do_not_share_a_folder(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_an_unknown_run_is_not_taken(world, tmp_path):
+    settings = settings_for(world, tmp_path)
+    assert run_ranks(1, whole_run, settings, 9) == [17]
+    (tmp_path / "run.json").unlink()
+    assert run_ranks(1, refused_run, settings, "no run.json") == [0]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_named(world, tmp_path):
     settings = settings_for(world, tmp_path)
     assert run_ranks(1, whole_run, settings, 9) == [17]
