@@ -75,10 +75,12 @@ class Checkpoints:
         if problem is None:
             problem = agreed(lambda: self._swap_in(step, target.name))
         if problem is not None:
+            free = shutil.disk_usage(self._folder.parent).free >> 20  # torch does not say it
             agreed(lambda: shutil.rmtree(target, ignore_errors=True))  # frees the disk
             raise TrainingFailed(
-                f"The checkpoint of step {step} could not be written to {self._folder}: {problem} "
-                "When that is mended, the same command goes on from the one before."
+                f"The checkpoint of step {step} could not be written to {self._folder}, on a disk with "
+                f"{free} MiB free: {problem} When that is mended, the same command goes on from the "
+                "one before."
             )
 
     def _write(
