@@ -31,6 +31,7 @@ from monitor.view import (
     full,
     is_stopped,
     joining_at,
+    outdated,
     short,
     silent,
     unregistered,
@@ -208,6 +209,7 @@ def decide(view: ClusterView, rules: FailoverRules) -> Plan:
         planner.leave(shard)
     for shard in shards:
         planner.look_at_messages(shard)
+        planner.look_at_terms(shard)
     planner.look_at_nodes()
     findings = sorted(planner.findings, key=lambda found: -_SEVERITY[found.state])
     return Plan(tuple(planner.actions[: limits.ACTIONS_PER_ROUND_MAX]), tuple(findings))
@@ -526,6 +528,23 @@ class _Planner:
             )
             self.actions.append(Leave(shard.key, shard.revision, node.id, reason))
             return
+
+    def look_at_terms(self, shard: ShardView) -> None:
+        """Replicas take terms from records. A record may be on its way to us, but one that stays behind
+        is of a metadata store that went back. Nobody listens to it, and who of its in-sync set has
+        everything is not known, so no action is taken."""
+        if self.view.held_s(outdated(shard)) < self.rules.grace_s:
+            return
+        for name in shard.record.members():
+            replica = self.view.node(name).replica(shard.key)
+            if replica is not None and replica.term > shard.record.term:
+                why = (
+                    f"its record is of term {shard.record.term}, and the replica on {name} of term "
+                    f"{replica.term}: the metadata is older than the data. Nobody can write. See "
+                    '"After etcd was restored" in docs/operating.md.'
+                )
+                self._find(Health.RED, shard, why)
+                return
 
     def look_at_messages(self, shard: ShardView) -> None:
         """Whoever runs an older version may take no part in some things that its peers do."""

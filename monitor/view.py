@@ -22,6 +22,7 @@ __all__ = [
     "is_stopped",
     "joining_at",
     "lasting",
+    "outdated",
     "remember",
     "short",
     "silent",
@@ -154,6 +155,12 @@ def _facts(view: ClusterView) -> Iterator[Fact]:
             node = view.node(member)
             if node.answered and node.sound_replica(shard.key) is None:
                 yield unusable(shard, node)
+        if any(
+            (replica := view.node(member).replica(shard.key)) is not None
+            and replica.term > shard.record.term
+            for member in shard.record.members()
+        ):
+            yield outdated(shard)
         for member in shard.record.joining:
             yield joining_at(shard, view.node(member))
 
@@ -172,6 +179,11 @@ def full(node: str) -> Fact:
 
 def short(shard: ShardView) -> Fact:
     return ("short", shard.key)
+
+
+def outdated(shard: ShardView) -> Fact:
+    """A replica knows of a later term than the record."""
+    return ("outdated", shard.key, shard.record.term)
 
 
 def unusable(shard: ShardView, node: NodeView) -> Fact:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from shoal import telemetry
-from shoal.errors import StartupError
+from shoal.errors import ShoalError, StartupError
 
 __all__ = ["HttpServer", "Stop", "bound_socket"]
 
@@ -38,7 +38,7 @@ class Stop:
         self._asked = 0
         self._event = asyncio.Event()
         self._calls: list[Callable[[bool], None]] = []
-        self._failure: StartupError | None = None
+        self._failure: ShoalError | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._heard, number)
 
@@ -56,7 +56,12 @@ class Stop:
         if self._asked:
             call(self._asked > 1)
 
-    def fail(self, error: StartupError) -> None:
+    @property
+    def failed(self) -> bool:
+        """`fail` was called."""
+        return self._failure is not None
+
+    def fail(self, error: ShoalError) -> None:
         """This process must not go on: as a first signal, and `raise_failure` raises at the end."""
         if self._failure is None:
             self._failure = error

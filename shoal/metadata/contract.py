@@ -15,7 +15,7 @@ number".
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,7 @@ __all__ = [
     "LeaseLost",
     "MetadataStore",
     "StoreRefused",
+    "StoreWentBack",
     "TxnResult",
     "Uncertain",
     "check_ttl",
@@ -72,6 +73,22 @@ class StoreRefused(ShoalError):
     does not know. Asking again does not help; an operator has to change something."""
 
     status_code = 503
+
+
+class StoreWentBack(ShoalError):
+    """The store no longer has changes that it once told of: it was restored from a backup, or it is
+    another one. Everything that a process knows from it is worth nothing, and what it does about
+    that (a collection that is gone is deleted) would do harm: the process must stop. One that is
+    started afterwards reads everything anew."""
+
+    status_code = 503
+
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"The metadata store went back: {how}. It was restored from a backup, or is another one, "
+            'and what this process knows no longer holds. Start it again; docs/operating.md, "After '
+            'etcd was restored", says what else to look at.'
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +154,13 @@ class LeaseKeeper(Protocol):
 
 class MetadataStore(Protocol):
     """Every method may raise Unavailable: the store is closed, or nobody answers. Nothing happened
-    then."""
+    then.
+
+    on_went_back  called, once or more, when somebody who follows the store finds that it went back;
+                  None: nobody stops the process then.
+    """
+
+    on_went_back: Callable[[StoreWentBack], None] | None
 
     async def get(self, key: str) -> KeyValue | None:
         """The value as of now: sees every transaction that returned before the call (linearizable).

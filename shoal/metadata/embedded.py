@@ -39,6 +39,7 @@ from shoal.metadata.contract import (
     KeyValue,
     Lease,
     LeaseLost,
+    StoreWentBack,
     TxnResult,
     Uncertain,
     check_ttl,
@@ -75,6 +76,7 @@ class EmbeddedStore:
     """Implements `MetadataStore`. Make one with `await EmbeddedStore.open(path)`."""
 
     def __init__(self, path: Path) -> None:
+        self.on_went_back: Callable[[StoreWentBack], None] | None = None
         self._path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-metadata")
         self._loop = asyncio.get_running_loop()

@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from shoal.errors import ShoalError, Unavailable
 from shoal.metadata import etcd_pb2 as pb
@@ -37,6 +37,7 @@ from shoal.metadata.contract import (
     KeyValue,
     Lease,
     LeaseLost,
+    StoreWentBack,
     TxnResult,
     Uncertain,
     check_ttl,
@@ -76,6 +77,7 @@ class EtcdStore:
     """Implements `MetadataStore`. Make one with `await EtcdStore.open(...)`."""
 
     def __init__(self, members: Members, prefix: str) -> None:
+        self.on_went_back: Callable[[StoreWentBack], None] | None = None
         root = prefix.rstrip("/").encode()
         self._members = members
         self._keys = root + b"/keys/"

@@ -20,7 +20,7 @@ import grpc.aio
 
 from shoal.errors import InvariantError, ShoalError
 from shoal.metadata import etcd_pb2 as pb
-from shoal.metadata.contract import Compacted, Event, StoreRefused
+from shoal.metadata.contract import Compacted, Event, StoreRefused, StoreWentBack
 from shoal.metadata.etcd_members import ATTEMPT_S, WATCH, Members, NoAnswer
 from shoal.telemetry import logger
 
@@ -47,7 +47,7 @@ async def watch_forever(
     to_event: Callable[[pb.Event], Event],
 ) -> AsyncIterator[list[Event]]:
     """Whole revisions later than `after`, in order, none twice; goes on at another member whenever
-    one fails. Ends when `closed` is set. Raises Compacted, StoreRefused."""
+    one fails. Ends when `closed` is set. Raises Compacted, StoreRefused, StoreWentBack."""
     cluster_id = members.cluster_id
     pause_s, refusals = _PAUSE_S_MIN, 0
     while not closed.is_set():
@@ -57,8 +57,7 @@ async def watch_forever(
             while (answer := await stream.next()) is not None:
                 pause_s, refusals = _PAUSE_S_MIN, 0
                 if answer.header.cluster_id != cluster_id:
-                    members.cluster_id = answer.header.cluster_id
-                    raise Compacted("etcd was restored from a backup. Read anew, then watch.")
+                    raise StoreWentBack("etcd has another cluster id than before")
                 if answer.header.revision < after:
                     # A store that was wiped and set up again has the same cluster id. (Or this
                     # member lags behind: then reading anew, which waits for it, costs little.)

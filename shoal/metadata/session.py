@@ -22,6 +22,7 @@ from shoal.metadata.contract import (
     LeaseLost,
     MetadataStore,
     StoreRefused,
+    StoreWentBack,
     Uncertain,
 )
 from shoal.metadata.schema import NodeRecord
@@ -141,6 +142,11 @@ class Session:
                 await self._until_gone()
                 await self._register(take=False)
                 backoff_s = _BACKOFF_S_MIN
+            except StoreWentBack as error:
+                _log.error("store_went_back", node=self.record.id, why=error.message)
+                if self._store.on_went_back is not None:
+                    self._store.on_went_back(error)
+                return
             except ShoalError as error:
                 level = _log.error if isinstance(error, StoreRefused) else _log.warning
                 level("not_registered", node=self.record.id, why=error.message)
@@ -191,6 +197,11 @@ class Session:
     async def _take_record(self, lease: int, *, take: bool) -> None:
         while True:
             found = await self._store.get(self.record.key)
+            if found is not None and found.revision < self._revision:
+                # The record of an earlier life: nobody else registered with this id.
+                raise StoreWentBack(
+                    f"{found.key} is of revision {found.revision} and was of {self._revision}"
+                )
             if found is not None and not take and not self._is_ours(found.value):
                 self._stop(found.revision)
                 return

@@ -3,6 +3,9 @@
     store ──range──▶ entries ──events──▶ on_change
           ──watch──▶
 
+A store that went back (a restored backup) is not followed: `entries` stay as they are, and whoever
+started the process is told, see `MetadataStore.on_went_back`.
+
 Nothing a watch can do loses a change for good: after Compacted, and every `recheck_s` in any case,
 everything is read anew and the difference is reported as events, deletes too. (Old etcd servers can
 lose watch events without a word; `missed` counts what only the rereading found.)
@@ -16,7 +19,14 @@ from os.path import commonprefix
 from types import MappingProxyType
 
 from shoal.errors import ShoalError
-from shoal.metadata.contract import Compacted, Event, KeyValue, MetadataStore, StoreRefused
+from shoal.metadata.contract import (
+    Compacted,
+    Event,
+    KeyValue,
+    MetadataStore,
+    StoreRefused,
+    StoreWentBack,
+)
 from shoal.telemetry import logger
 
 __all__ = ["Watched"]
@@ -94,6 +104,12 @@ class Watched:
             except Compacted:
                 again = True
                 await asyncio.sleep(_COMPACTED_S)
+            except StoreWentBack as error:
+                _log.error("store_went_back", prefix=self._common, why=error.message)
+                self.failing = error
+                if self._store.on_went_back is not None:
+                    self._store.on_went_back(error)
+                return
             except ShoalError as error:
                 if self.failing is None:
                     level = _log.error if isinstance(error, StoreRefused) else _log.warning
@@ -129,6 +145,8 @@ class Watched:
                     return coming.result()
                 try:
                     await self._reread()
+                except StoreWentBack:
+                    raise
                 except ShoalError as error:
                     _log.warning("recheck_failed", prefix=self._common, why=error.message)
                     self._reread_at_s = now_s() + self._recheck_s
@@ -141,6 +159,7 @@ class Watched:
         told = self._seen
         found, revision = await self._store.range(self._common)
         fresh = {kv.key: kv for kv in found if self._wanted(kv.key)}
+        self._check_goes_on(fresh, revision)
         events = [
             Event(key, kv.value, kv.revision)
             for key, kv in fresh.items()
@@ -148,14 +167,27 @@ class Watched:
         ]
         gone = [Event(key, None, revision) for key in self._entries if key not in fresh]
         # A watch keeps the order, so what is older than its last news was lost on the way.
-        late = sum(event.revision <= told for event in events) if revision >= told else 0
+        late = sum(event.revision <= told for event in events)
         if late:
             self.missed += late
             _log.warning("watch_missed_changes", prefix=self._common, keys=late)
         self._apply(sorted([*events, *gone], key=lambda event: event.key))
-        # Also backwards: a store that was restored from a backup counts from an earlier number.
         self._seen = revision
         self._reread_at_s = asyncio.get_running_loop().time() + self._recheck_s
+
+    def _check_goes_on(self, fresh: Mapping[str, KeyValue], revision: int) -> None:
+        """Raises StoreWentBack. Reads are linearizable, so what we knew is old, never too new. A
+        restored store may have passed the revision that we knew; then single keys give it away."""
+        if revision < self._seen:
+            raise StoreWentBack(f"it is at revision {revision} and was at {self._seen}")
+        for key, known in self._entries.items():
+            found = fresh.get(key)
+            if found is None or found == known:
+                continue
+            if found.revision <= known.revision:
+                raise StoreWentBack(
+                    f"{key} is of revision {found.revision} and was of {known.revision}"
+                )
 
     def _wanted(self, key: str) -> bool:
         return key.startswith(self._prefixes)

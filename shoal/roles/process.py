@@ -69,6 +69,7 @@ class RoleProcess(Generic[S]):
         """Find the metadata, and the other nodes. Raises StartupError, or Unavailable after
         METADATA_WAIT_S."""
         self.store = await patiently(lambda: _open_store(self.settings))
+        self.store.on_went_back = self.stop.fail
         self.stack.push_async_callback(self.store.close)
         watched = self.watched = Watched(self.store, [NODES_PREFIX], on_change=self._nodes_changed)
         self.nodes = Nodes(watched, settings=self.rpc)

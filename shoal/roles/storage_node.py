@@ -82,7 +82,7 @@ async def _storage_node(process: RoleProcess[StorageProcess], directory: DataDir
     session = await process.register(grpc=server.port)
     process.announce(grpc=server.port, folder=directory.path)
     await process.run_until_stopped()
-    if not session.replaced:
+    if not session.replaced and not process.stop.failed:
         leaving = asyncio.ensure_future(_hand_over(node, session))
 
         def hurry(at_once: bool) -> None:

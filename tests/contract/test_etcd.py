@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import subprocess
 import uuid
 from base64 import b64encode
@@ -27,6 +28,7 @@ from shoal.metadata.contract import (
     KeyValue,
     LeaseLost,
     StoreRefused,
+    StoreWentBack,
     TxnResult,
     Uncertain,
 )
@@ -302,6 +304,35 @@ def test_a_store_that_went_back_is_noticed(etcd):
                 await anext(store.watch("", 10**9))
 
     run(main)
+
+
+def test_a_restored_etcd_is_noticed_and_not_followed(tmp_path):
+    async def main() -> None:
+        async with opened(etcd) as store:
+            await store.txn([], {"a": b"1"})
+            etcd.kill(0)
+            data = tmp_path / "etcd" / "0" / "m0" / "data"
+            shutil.copytree(data, tmp_path / "backup")
+            etcd.restart(0)
+            etcd.wait_healthy([0])
+            found: list[StoreWentBack] = []
+            store.on_went_back = found.append
+            events: list[Event] = []
+            watched = Watched(store, [""], on_change=events.extend)
+            await store.txn([], {"b": b"2"})
+            await watched.start()
+            events.clear()
+            etcd.kill(0)
+            shutil.rmtree(data)
+            shutil.copytree(tmp_path / "backup", data)
+            etcd.restart(0)
+            await until(lambda: found)
+            assert events == []
+            assert set(watched.entries) == {"a", "b"}
+            await watched.close()
+
+    with EtcdCluster.start(tmp_path / "etcd", durable=True) as etcd:
+        run(main, 60)
 
 
 # -- opening ---------------------------------------------------------------------------------------

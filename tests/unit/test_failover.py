@@ -135,6 +135,16 @@ def test_a_primary_that_says_that_it_stops_is_replaced_at_once():
     assert found.primary == "s3"
 
 
+def test_metadata_that_are_older_than_the_data_are_for_people():
+    nodes = [*sound("s1"), node("s2", replica(term=5)), *sound("s3")]
+    found = plan(shard("s1 s2 s3", term=4), *nodes)
+    assert not found.actions
+    assert found.findings[0].state is Health.RED
+    assert "is of term 4, and the replica on s2 of term 5" in found.findings[0].reason
+    assert not plan(shard("s1 s2 s3", term=5), *nodes).findings
+    assert not plan(shard("s1 s2 s3", term=4), *nodes, held_s=2).findings
+
+
 def test_nothing_moves_when_all_stop_or_none_can_take_over():
     assert not plan(shard("s1 s2"), leaving("s1"), leaving("s2"), held_s=0).actions
     assert not plan(shard("s1", wanted=1), leaving("s1"), held_s=0).actions

@@ -10,7 +10,7 @@ import pytest
 
 from shoal.errors import Unavailable
 from shoal.metadata import embedded
-from shoal.metadata.contract import Compare, Event, KeyValue
+from shoal.metadata.contract import Compare, Event, KeyValue, StoreWentBack
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import NodeRecord, NodeRole
 from shoal.metadata.session import Session
@@ -155,6 +155,80 @@ def test_watched_finds_and_counts_what_the_watch_lost(run):
         await until(lambda: set(watched.entries) == {"a2", "a3"})
         assert watched.missed == 1
         await watched.close()
+
+    run(test)
+
+
+class Restored(Flaky):
+    """The store, until `restore`: then another one, which has what a backup had."""
+
+    def __init__(self, store: EmbeddedStore) -> None:
+        super().__init__(store)
+        self.found: list[StoreWentBack] = []
+        self.on_went_back = self.found.append
+
+    async def restore(self, *changes: dict[str, bytes]) -> None:
+        self.refuse = True
+        await self._store.txn([], {"breaks the watch": b""})
+        self._store = await EmbeddedStore.open(self._store._path.with_name("restored.sqlite"))
+        for change in changes:
+            await self._store.txn([], change)
+        self.refuse = False
+
+
+@pytest.mark.parametrize(
+    "backup",
+    [
+        [],  # wiped
+        [{"a1": b"1"}],
+        [{"a1": b"1"}, *({"b": b""} for _ in range(9))],  # and has overtaken what we knew
+        [*({"b": b""} for _ in range(3)), {"a1": b"other"}],
+    ],
+)
+def test_watched_does_not_follow_a_store_that_went_back(run, backup):
+    """Above all it reports no deletions: those would be believed, and data deleted."""
+
+    async def test(store):
+        restored = Restored(store)
+        told: list[str] = []
+        watched = Watched(
+            restored, ["a"], on_change=lambda events: told.extend(e.key for e in events)
+        )
+        for change in ({"a1": b"1"}, {"a2": b"2"}, {"a1": b"3"}, {"a1": b"4"}):
+            await store.txn([], change)
+        await watched.start()
+        told.clear()
+        before = dict(watched.entries)
+        await restored.restore(*backup)
+        await until(lambda: restored.found)
+        assert "restored from a backup" in restored.found[0].message
+        assert watched.failing is restored.found[0]
+        assert told == []
+        assert dict(watched.entries) == before
+        await watched.close()
+        fresh = Watched(restored, ["a"])
+        await fresh.start()
+        assert fresh.failing is None
+        await fresh.close()
+        await restored._store.close()
+
+    run(test)
+
+
+def test_session_does_not_take_its_own_past_for_somebody_else(run):
+    """The backup holds the record of the process before this one."""
+
+    async def test(store):
+        restored = Restored(store)
+        await store.txn([], {"x": b""})
+        session = Session(restored, record("i2"), ttl_s=30)
+        await session.start()
+        await restored.restore({record("i1").key: record("i1").to_bytes()})
+        session._changed.set()
+        await until(lambda: restored.found)
+        assert not session.replaced
+        await session.close()
+        await restored._store.close()
 
     run(test)
 
