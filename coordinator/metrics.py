@@ -9,7 +9,7 @@ One request costs a dictionary look-up and a bisection, about 0.5 µs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from shoal.health import Health, HealthReport
 
@@ -30,9 +30,10 @@ class _Histogram:
 
 
 class Metrics:
-    """Since the start of the process."""
+    """Since the start of the process. more: lines of other parts of it, made when they are asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Callable[[], Iterable[str]] = tuple) -> None:
+        self._more = more
         self._requests: dict[tuple[str, int | str], int] = {}
         self._latencies: dict[str, _Histogram] = {}
         self.in_flight = 0
@@ -49,6 +50,7 @@ class Metrics:
     def render(self, report: HealthReport, extra_requests: Mapping[str, int]) -> bytes:
         """extra_requests: of the router, by kind."""
         lines = [*self._request_lines(), *_extra_lines(extra_requests), *_state_lines(report)]
+        lines += self._more()
         return ("\n".join(lines) + "\n").encode()
 
     def _request_lines(self) -> Iterator[str]:

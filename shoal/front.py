@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import gc
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from pydantic import SecretStr
@@ -63,17 +63,19 @@ async def serve_front(
     listener: socket.socket,
     stop: Stop,
     ready: Callable[[int], None],
+    more_metrics: Callable[[], Iterable[str]] = tuple,
 ) -> None:
     """Answer until `stop`; requests in flight have finished, or were given up, when this returns.
 
     listener  bound for HTTP, not yet listening.
     ready     called with the port of gRPC once both APIs answer.
+    more_metrics  lines for /metrics beyond those of the API.
     Raises    StartupError when the port of gRPC cannot be had.
     """
     keys = (_plain(settings.api_key), _plain(settings.read_only_api_key))
     grace_s = settings.shutdown_grace_s
     async with contextlib.AsyncExitStack() as stack:
-        metrics = Metrics()
+        metrics = Metrics(more_metrics)
         app = create_app(
             coordinator,
             health=monitor.report,

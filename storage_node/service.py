@@ -1,8 +1,9 @@
 """The gRPC face of a storage node: proto/shoal/node/v1 over any `storage_api.Node`.
 
 Requests of an Exchange run side by side, each in a task of its own, and are answered when they are
-ready; answers that are ready together leave together. When a caller goes away its reads are given
-up; its writes take their course.
+ready; answers that are ready together leave together. A request that its caller no longer waits for
+is called off, a write as long as it is not in the log. When a whole caller goes away its reads are
+given up; its writes take their course.
 
 Bounds: a caller that does not take its answers is read no further, and beyond
 limits.RPC_SERVER_IN_FLIGHT_MAX requests of all callers the answer is Busy.
@@ -344,6 +345,7 @@ class _Session:
         self._server, self._context = server, context
         self._loop = asyncio.get_running_loop()
         self._reads: dict[int, asyncio.Task[None]] = {}
+        self._writes: dict[int, asyncio.Task[None]] = {}
         self._open = 0  # requests without an answer
         self._outbox: list[bytes] = []
         self._outbox_bytes = 0
@@ -378,7 +380,8 @@ class _Session:
                 return
             frames = pb.Frames.FromString(cast(bytes, data))
             for number in frames.cancelled:
-                task = self._reads.get(number)
+                # A write that is in the log takes its course all the same.
+                task = self._reads.get(number) or self._writes.get(number)
                 if task is not None:
                     task.cancel()
             for request in frames.requests:
@@ -396,8 +399,7 @@ class _Session:
         task = self._loop.create_task(self._answer(request))
         work.add(task)
         task.add_done_callback(work.discard)
-        if not request.HasField("write"):
-            self._reads[request.id] = task
+        (self._writes if request.HasField("write") else self._reads)[request.id] = task
         self._open += 1
 
     async def _answer(self, request: pb.Request) -> None:
@@ -406,6 +408,7 @@ class _Session:
         finally:
             self._open -= 1
             self._reads.pop(request.id, None)
+            self._writes.pop(request.id, None)
 
     def _send(self, answer: bytes) -> None:
         self._outbox.append(answer)

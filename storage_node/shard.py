@@ -451,6 +451,8 @@ class Shard:
         term = self.term
         for pending in group:
             op = pending.op
+            if pending.done.cancelled():
+                continue  # nobody waits for it any more, and nothing was written
             try:
                 self._check_term(pending.term)
                 parts = [op] if isinstance(op, Seal | Merge) else self.state.resolve(op)

@@ -26,6 +26,7 @@ from shoal.roles.process import (
     run_role,
 )
 from shoal.rpc.encoder import EncoderClient
+from shoal.rpc.traffic import traffic_lines
 from shoal.serving import bound_socket
 from shoal.settings import CoordinatorProcess, StorageSettings
 
@@ -90,5 +91,12 @@ async def _coordinator(process: RoleProcess[CoordinatorProcess], listener: socke
 
     process.started = True
     await serve_front(
-        service, encoder, watch, settings, listener=listener, stop=process.stop, ready=ready
+        service,
+        encoder,
+        watch,
+        settings,
+        listener=listener,
+        stop=process.stop,
+        ready=ready,
+        more_metrics=lambda: traffic_lines(process.nodes.traffic()),
     )

@@ -25,6 +25,7 @@ from shoal.rpc import codec
 from shoal.rpc.channel import RpcSettings, node_metadata, open_channel
 from shoal.rpc.exchange import Exchange
 from shoal.rpc.faults import from_rpc_error, lost, timed_out
+from shoal.rpc.traffic import Traffic
 from shoal.storage_api import (
     FreshRead,
     Guard,
@@ -59,31 +60,47 @@ class NodeClient:
 
     address   "host:port". Nothing is connected before the first call.
     node_id   whom it must be: another node at that address refuses. None: whoever answers.
+    traffic   counts reads and writes, with earlier clients of the same node.
 
     Besides the node's own errors every method raises Busy (too much waits for this node), Unavailable
     and TimedOut; their `maybe_applied` is True only for a write that left this process.
     """
 
     def __init__(
-        self, address: str, *, settings: RpcSettings | None = None, node_id: str | None = None
+        self,
+        address: str,
+        *,
+        settings: RpcSettings | None = None,
+        node_id: str | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.address, self.node_id = address, node_id
         self._settings = settings if settings is not None else RpcSettings()
         self._peer = f"storage node {node_id or ''} at {address}".replace("  ", " ")
         self._metadata = node_metadata(node_id)
+        self.traffic = traffic if traffic is not None else Traffic()
         self._channel = open_channel(address, self._settings)
         self._reads, self._bulk = self._exchange(), self._exchange()
         self._closed = False
 
     def _exchange(self) -> Exchange:
         return Exchange(
-            self._channel, peer=self._peer, metadata=self._metadata, settings=self._settings
+            self._channel,
+            peer=self._peer,
+            metadata=self._metadata,
+            settings=self._settings,
+            traffic=self.traffic,
         )
 
     @property
     def in_flight(self) -> int:
         """Reads and writes that wait for their answer."""
         return self._reads.in_flight + self._bulk.in_flight
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of requests that are not yet sent."""
+        return self._reads.queued_bytes + self._bulk.queued_bytes
 
     async def close(self) -> None:
         """Whatever still waits fails. May be called twice."""

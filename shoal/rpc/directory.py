@@ -16,6 +16,7 @@ from shoal.metadata.schema import NODES_PREFIX, NodeRecord, node_key
 from shoal.metadata.watched import Watched
 from shoal.rpc.channel import RpcSettings
 from shoal.rpc.client import NodeClient
+from shoal.rpc.traffic import Traffic
 from shoal.storage_api import Node
 from shoal.telemetry import logger
 
@@ -45,6 +46,7 @@ class Nodes:
         self._seen: dict[str, KeyValue] = {}  # node id -> the entry that was read last
         self._addresses: dict[str, str] = {}
         self._clients: dict[str, NodeClient] = {}
+        self._traffic: dict[str, Traffic] = {}  # of every node that was ever asked
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -78,9 +80,17 @@ class Nodes:
             return client
         if client is not None:
             self._retire(client)
-        client = NodeClient(address, settings=self._settings, node_id=node_id)
+        traffic = self._traffic.setdefault(node_id, Traffic())
+        client = NodeClient(address, settings=self._settings, node_id=node_id, traffic=traffic)
         self._clients[node_id] = client
         return client
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What went to and from each node that was ever asked, by id."""
+        for node_id, client in self._clients.items():
+            traffic = self._traffic[node_id]
+            traffic.waiting, traffic.queued_bytes = client.in_flight, client.queued_bytes
+        return self._traffic
 
     def on_change(self, events: Sequence[Event]) -> None:
         """Learn from events of `watched`; those of other keys are passed over."""

@@ -31,6 +31,7 @@ from shoal.node.v1 import node_pb2 as pb
 from shoal.rpc.channel import RpcSettings, is_taken
 from shoal.rpc.codec import decode_error, join_frames
 from shoal.rpc.faults import from_rpc_error, lost, timed_out
+from shoal.rpc.traffic import Traffic
 from shoal.telemetry import logger
 
 __all__ = ["Exchange"]
@@ -60,7 +61,8 @@ class _Waiting:
 class Exchange:
     """One call of Exchange at a time, opened when it is needed. Belongs to one event loop.
 
-    peer   for messages: "storage node s1 at 10.0.0.7:7001"
+    peer     for messages: "storage node s1 at 10.0.0.7:7001"
+    traffic  counts what goes over it, with others to the same node
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Exchange:
         peer: str,
         metadata: tuple[tuple[str, str], ...],
         settings: RpcSettings,
+        traffic: Traffic | None = None,
     ) -> None:
+        self._traffic = traffic if traffic is not None else Traffic()
         self._open: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
         self._peer, self._metadata, self._settings = peer, metadata, settings
         self._next_id = 0
@@ -91,6 +95,11 @@ class Exchange:
     def in_flight(self) -> int:
         return len(self._waiting)
 
+    @property
+    def queued_bytes(self) -> int:
+        """Of requests that are not yet sent."""
+        return self._outbox_bytes
+
     def new_id(self) -> int:
         self._next_id += 1
         return self._next_id
@@ -109,6 +118,7 @@ class Exchange:
         self._waiting[number] = waiting
         self._outbox.append((number, waiting))
         self._outbox_bytes += len(data)
+        self._traffic.requests += 1
         self._rouse(loop)
         try:
             answer = await future
@@ -133,6 +143,7 @@ class Exchange:
             len(self._waiting) >= limits.RPC_IN_FLIGHT_MAX
             or self._outbox_bytes + size > limits.RPC_QUEUE_BYTES_MAX
         ):
+            self._traffic.busy += 1
             raise Busy(
                 f"{self._peer} has {len(self._waiting)} requests of this process waiting: send "
                 "less at once, or try again shortly"
@@ -146,8 +157,9 @@ class Exchange:
             self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
 
     def _forget(self, number: int, waiting: _Waiting) -> None:
-        """Nobody waits any more. A read is called off; a write takes its course."""
-        if self._waiting.pop(number, None) is not None and waiting.sent and not waiting.write:
+        """Nobody waits any more. A read is called off, and a write that still waits for its turn; one
+        that is in the log takes its course."""
+        if self._waiting.pop(number, None) is not None and waiting.sent:
             self._cancelled.append(number)
             self._wake.set()
 
@@ -156,6 +168,7 @@ class Exchange:
         now = loop.time()
         for number, waiting in list(self._waiting.items()):
             if now >= waiting.deadline and not waiting.future.done():
+                self._traffic.late += 1
                 waiting.future.set_exception(
                     timed_out(self._peer, write=waiting.write and waiting.sent)
                 )
@@ -177,6 +190,7 @@ class Exchange:
                 # Right after a connection died gRPC may hand out what is left of it once more: that
                 # says nothing about the node, and nothing was sent.
                 remnant = lived and not connected
+                self._traffic.lost += connected
                 self._settle(why, again=connected, unsent=remnant)
                 if connected:
                     self._failures = 0
@@ -236,6 +250,7 @@ class Exchange:
             data = await call.read()
             if data is grpc.aio.EOF:
                 return
+            self._traffic.received_bytes += len(cast(bytes, data))
             for answer in pb.Frames.FromString(cast(bytes, data)).answers:
                 asked = waiting.pop(answer.id, None)
                 if asked is not None and not asked.future.done():
@@ -269,6 +284,7 @@ class Exchange:
                 waiting.sent = True
                 batch.append(waiting.data)
                 size += len(waiting.data)
+                self._traffic.sent_bytes += len(waiting.data)
                 if waiting.write:
                     waiting.data = b""  # never sent twice
         return batch
@@ -287,6 +303,7 @@ class Exchange:
             once_more = again and not maybe and not waiting.retried and self._budget >= 1
             if once_more:
                 self._budget -= 1
+                self._traffic.again += 1
                 waiting.retried, waiting.sent = True, False
             if once_more or (unsent and not waiting.sent):
                 self._outbox.append((number, waiting))

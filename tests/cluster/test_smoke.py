@@ -60,6 +60,7 @@ def test_a_killed_storage_node_costs_nothing_that_was_acknowledged(make_cluster)
     for coordinator in ("c1", "c2"):
         with cluster.http(coordinator) as http:
             assert verify(http, writers, f"seed {SEED}, {coordinator}") > 0
+            assert 'shoal_node_requests_total{node="s2"}' in http.get("/metrics").text
     told = [writer.errors for writer in writers]
     print(f"the writers were told {told}, the reader {reader.errors}")
     cluster.stop()

@@ -360,3 +360,19 @@ def test_a_replica_says_whom_it_cannot_read(tmp_path: Path) -> None:
             }
 
     asyncio.run(main())
+
+
+def test_a_write_that_nobody_waits_for_is_not_done_when_its_turn_comes(tmp_path: Path) -> None:
+    """Late, it could bring back what was deleted meanwhile."""
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            storage = w.nodes["a"].storage
+            await w.write("a", 1)
+            write = asyncio.create_task(storage.write(KEY, Upsert(points([2], 1.0))))
+            await asyncio.sleep(0)  # it waits in the queue
+            write.cancel()
+            await w.write("a", 3)
+            assert await w.found("a", [1, 2, 3]) == {1: 1.0, 3: 1.0}
+
+    asyncio.run(main())

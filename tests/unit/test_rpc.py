@@ -41,6 +41,7 @@ from shoal.node.v1 import node_pb2 as pb
 from shoal.rpc import codec
 from shoal.rpc.channel import NodeTls, RpcSettings, node_metadata, server_options
 from shoal.rpc.client import NodeClient
+from shoal.rpc.traffic import traffic_lines
 from shoal.storage_api import (
     Delete,
     Distance,
@@ -339,14 +340,40 @@ async def test_a_caller_who_gives_up():
         await until(lambda: sorted(node.began) == ["search", "write"])
         read.cancel()
         write.cancel()
-        await until(lambda: node.cancelled == ["search"])
+        await until(lambda: sorted(node.cancelled) == ["search", "write"])
         unsent = asyncio.ensure_future(client.write(KEY, Upsert(points([2]))))
         await asyncio.sleep(0)
         unsent.cancel()  # before it was sent: then it never is
         node.gate.set()
-        await until(lambda: node.ended == ["write"])
-        assert (await client.count(KEY, None, Guard())).value == 1
+        assert (await client.count(KEY, None, Guard())).value == 0
+        assert node.ended == ["count"]
         assert client.in_flight == 0
+
+
+@in_loop
+async def test_what_goes_to_a_node_is_counted(monkeypatch):
+    node = FakeNode()
+    async with served(node) as (_, client):
+        await client.create_shard(spec())
+        await client.write(KEY, Upsert(points([1, 2])))
+        node.gate.clear()
+        late = asyncio.ensure_future(client.count(KEY, None, Guard()))
+        await until(lambda: len(node.began) == 2)
+        monkeypatch.setattr(limits, "RPC_IN_FLIGHT_MAX", 1)
+        with pytest.raises(Busy):
+            await client.count(KEY, None, Guard())
+        traffic = client.traffic
+        assert (traffic.requests, traffic.busy, traffic.late, traffic.lost) == (2, 1, 0, 0)
+        assert 10 < traffic.sent_bytes < 10_000
+        before = traffic.received_bytes
+        assert before > 0
+        assert (client.in_flight, client.queued_bytes) == (1, 0)
+        node.gate.set()
+        await late
+        assert traffic.received_bytes > before
+        lines = list(traffic_lines({"s1": traffic}))
+        assert 'shoal_node_requests_total{node="s1"} 2' in lines
+        assert 'shoal_node_busy_total{node="s1"} 1' in lines
 
 
 # -- lost connections -----------------------------------------------------------------------------

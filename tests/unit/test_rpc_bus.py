@@ -11,7 +11,7 @@ import pytest
 from fakes.node import FakeNode, Wire, in_loop, until
 
 from shoal import limits
-from shoal.errors import BadRequest, Unavailable
+from shoal.errors import BadRequest, ShoalError, Unavailable
 from shoal.metadata.contract import Event
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import NodeRecord, NodeRole
@@ -21,6 +21,7 @@ from shoal.rpc.bus import Bus
 from shoal.rpc.channel import RpcSettings
 from shoal.rpc.client import NodeClient
 from shoal.rpc.directory import Nodes
+from shoal.storage_api import ShardKey
 from storage_node.service import NodeServer, serve_node
 from storage_node.unread import Complaints
 
@@ -283,6 +284,9 @@ async def test_clients_of_the_directory_work_and_close(tmp_path):
         client = nodes.get("s1")
         assert isinstance(client, NodeClient)
         assert await client.status() == []
+        with pytest.raises(ShoalError):
+            await client.info(ShardKey(1, 0))
+        assert nodes.traffic()["s1"].requests == 1  # reads and writes of shards
         await nodes.close()
         with pytest.raises(Unavailable, match="shutting down"):
             nodes.get("s1")
