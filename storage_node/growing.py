@@ -384,9 +384,6 @@ class GrowingView:
         mask = self._stored[name].mask(self.row_count)
         return None if mask is None else mask[rows]
 
-    def holds(self, name: str, since: int) -> bool:
-        return name in self.vectors
-
     def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.segment.payload_lengths(rows)
 

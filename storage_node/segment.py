@@ -283,11 +283,6 @@ class SealedSegment:
     def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return (self._offsets[rows + 1] - self._offsets[rows]).astype(np.int64)
 
-    def holds(self, name: str, since: int) -> bool:
-        if name not in self._names or self._since.get(name, 0) != since or name in self._ragged:
-            return True
-        return name in self.vectors and self.vectors[name].flat is not None
-
     def vector_count(self, name: str) -> int:
         """Vectors that could be searched."""
         vector = self.vectors.get(name)

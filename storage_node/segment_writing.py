@@ -34,10 +34,6 @@ class Source(Protocol):
         all have it. since: see vector_set.py."""
         ...
 
-    def holds(self, name: str, since: int) -> bool:
-        """Whether `take` gives the vector of every row that has it. Not after it was dropped."""
-        ...
-
     def payload_lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
@@ -64,18 +60,14 @@ def write_segment(
     """Write the files of a segment; each is fsynced, the folder is not.
 
     columns  the vectors that it has (vector_set.py). Of those that were dropped since, so that `spec`
-             or a source lacks them, it is only written which rows had them.
+             lacks them, it is only written which rows had them.
     source   (n,) which of `sources` output row r comes from
     rows     (n,) and which row of it. Output order must be ascending by id.
     Memory: a chunk of rows at a time, plus ids, offsets, sparse and multivectors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = len(rows)
-    kept = [
-        name
-        for name, since in columns.items()
-        if has_column(spec, name, since) and all(s.holds(name, since) for s in sources)
-    ]
+    kept = [name for name, since in columns.items() if has_column(spec, name, since)]
     numbers = {name: number for number, name in enumerate(columns)}
     flat = {f"vectors.{numbers[n]}": n for n in kept if n in spec.dense and not spec.dense[n].multi}
     collected = _Collected(ragged={name: [] for name in kept if name not in flat.values()})

@@ -22,7 +22,9 @@ from index_node.builder import ProcessBuilder
 from shoal.api.filter import parse_filter
 from shoal.batch import DenseBlock, PointBatch
 from shoal.errors import BadRequest, Stale
+from shoal.faiss_index import FlatVectors, build_graph
 from shoal.ids import PointIds
+from shoal.index_api import BuildJob
 from shoal.settings import StorageSettings
 from shoal.storage_api import (
     AlterVectors,
@@ -462,6 +464,55 @@ def test_a_vector_comes_is_indexed_takes_over_and_the_old_one_leaves_the_disk(
         finally:
             await node.close()
             await builder.close()
+
+    asyncio.run(run())
+
+
+def test_vectors_are_exchanged_while_their_indexes_are_built(tmp_path: Path) -> None:
+    """In the middle of a merge: what is built then is of the vectors that were there, or is not built."""
+    spec = ShardSpec(
+        KEY, "test", {"v": vector(3, index_bytes_min=1), "w": vector(2, index_bytes_min=1)}
+    )
+    new = {"w": vector(4, index_bytes_min=1), "v": vector(5, index_bytes_min=1)}
+
+    class Exchanging:
+        node: StorageNode
+        built = 0
+
+        async def build(self, job: BuildJob) -> None:
+            if not self.built:
+                await self.node.write(KEY, AlterVectors(new, ("v", "w")))
+            self.built += 1
+            flat = FlatVectors(job.vectors, job.dim, job.count, job.distance)
+            build_graph(flat.values, job.distance, job.m, job.ef_construct, job.output, 1)
+
+        async def close(self) -> None:
+            """Nothing is running."""
+
+    async def run() -> None:
+        builder = Exchanging()
+        node = builder.node = StorageNode(tmp_path, builder=builder, settings=SETTINGS)
+        await node.start([])
+        await node.create_shard(spec)
+        shard = node.find(KEY)
+        assert shard is not None
+        for start in (0, 200):
+            both = random_floats(range(start, start + 200), 3, "v")
+            both.dense |= random_floats(range(start, start + 200), 2, "w").dense
+            shard._enqueue(Upsert(both), 0)
+            shard._enqueue(Seal(shard.state.new_segment_id()), 0)
+        await shard._enqueue(Merge((1, 2), shard.state.new_segment_id()), 0)
+        info = await settled(node)
+        assert (info.stopped, info.segments, info.indexed_vectors) == (None, 1, 0)
+        assert info.vectors == {"w": 0, "v": 0}
+        assert vector_files(tmp_path) == set()
+        assert builder.built == 1, "the other one was gone when its turn came"
+        for name, other in new.items():
+            await node.write(KEY, UpdateVectors(random_floats(range(400), other.dim, name)))
+        await seal(node)
+        info = await settled(node)
+        assert info.indexed_vectors == 800
+        await node.close()
 
     asyncio.run(run())
 
