@@ -57,6 +57,7 @@ __all__ = ["ClusterNode"]
 
 _log = telemetry.logger("member")
 _RETRY_S = 1.0
+_LOOK_S = 0.02  # between two looks at who waits for this node while it stops
 _EXPIRE_S = 60.0  # between two looks for snapshots that nobody fetches from any more
 _REPAIR_S = 10.0  # after a replica that could not be opened or deleted: a full disk, most likely
 
@@ -171,9 +172,12 @@ class ClusterNode:
     async def until_spared(self) -> None:
         """Return when nobody is held up any more. After `depart`, and when the record of this node
         says `draining`."""
-        while self.held_up:
+        left = self.held_up
+        while left:
             self._heard.clear()
             await self._heard.wait()
+            await asyncio.sleep(_LOOK_S)  # hundreds of records may change one by one
+            left = [key for key in left if self._is_missed(key)]
 
     def _tell_departing(self, nodes: frozenset[str]) -> None:
         if nodes != self._departing:
