@@ -83,8 +83,9 @@ class StoreWentBack(ShoalError):
 
     status_code = 503
 
-    def __init__(self, how: str) -> None:
-        super().__init__(
+    @classmethod
+    def because(cls, how: str) -> StoreWentBack:
+        return cls(
             f"The metadata store went back: {how}. It was restored from a backup, or is another one, "
             'and what this process knows no longer holds. Start it again; docs/operating.md, "After '
             'etcd was restored", says what else to look at.'

@@ -57,7 +57,7 @@ async def watch_forever(
             while (answer := await stream.next()) is not None:
                 pause_s, refusals = _PAUSE_S_MIN, 0
                 if answer.header.cluster_id != cluster_id:
-                    raise StoreWentBack("etcd has another cluster id than before")
+                    raise StoreWentBack.because("etcd has another cluster id than before")
                 if answer.header.revision < after:
                     # A store that was wiped and set up again has the same cluster id. (Or this
                     # member lags behind: then reading anew, which waits for it, costs little.)

@@ -199,7 +199,7 @@ class Session:
             found = await self._store.get(self.record.key)
             if found is not None and found.revision < self._revision:
                 # The record of an earlier life: nobody else registered with this id.
-                raise StoreWentBack(
+                raise StoreWentBack.because(
                     f"{found.key} is of revision {found.revision} and was of {self._revision}"
                 )
             if found is not None and not take and not self._is_ours(found.value):

@@ -179,13 +179,13 @@ class Watched:
         """Raises StoreWentBack. Reads are linearizable, so what we knew is old, never too new. A
         restored store may have passed the revision that we knew; then single keys give it away."""
         if revision < self._seen:
-            raise StoreWentBack(f"it is at revision {revision} and was at {self._seen}")
+            raise StoreWentBack.because(f"it is at revision {revision} and was at {self._seen}")
         for key, known in self._entries.items():
             found = fresh.get(key)
             if found is None or found == known:
                 continue
             if found.revision <= known.revision:
-                raise StoreWentBack(
+                raise StoreWentBack.because(
                     f"{key} is of revision {found.revision} and was of {known.revision}"
                 )
 
