@@ -128,24 +128,27 @@ class Collection:
 
 
 def _as_of_today(record: CollectionRecord) -> CreateCollection:
+    """The model of a vector stands where the creation has said it, else in the metadata: clients that
+    check fields know no `shoal_model`."""
     request = record.request()
     if not record.migrated:
         return request
     vectors = dict(named_vectors(request))
     metadata = dict(request.metadata or {})
     said = metadata.get(METADATA_KEY)
-    bound = dict(said) if isinstance(said, dict) else {}
+    in_metadata = dict(said) if isinstance(said, dict) else {}
     for name, vector in record.migrated.items():
-        current = vector.current
-        vectors[name] = vectors[name].model_copy(
-            update={"size": current.size, "shoal_model": current.model.model}
-        )
-        if name in bound:
-            bound[name] = current.model.model
-    changed: dict[str, Any] = {"vectors": vectors.get("", vectors)}
-    if bound:
-        changed["metadata"] = metadata | {METADATA_KEY: bound}
-    return request.model_copy(update=changed)
+        changed: dict[str, Any] = {"size": vector.current.size}
+        if vectors[name].shoal_model is not None:
+            changed["shoal_model"] = vector.current.model.model
+        else:
+            in_metadata[name] = vector.current.model.model
+        vectors[name] = vectors[name].model_copy(update=changed)
+    if in_metadata:
+        metadata[METADATA_KEY] = in_metadata
+    return request.model_copy(
+        update={"vectors": vectors.get("", vectors), "metadata": metadata or None}
+    )
 
 
 class Catalog:
@@ -225,6 +228,10 @@ class Catalog:
         """As far as this coordinator has heard."""
         return name in self._collections
 
+    async def reread(self, name: str) -> None:
+        """Take over the record as it is now. Raises Unavailable."""
+        await self._read(name)
+
     async def replaced(self, name: str, gone: ShardGone) -> bool:
         """Whether `name` is another collection by now than the one whose shard is gone. Raises
         NotFound when there is none any more."""
@@ -236,7 +243,11 @@ class Catalog:
         known = self._collections.get(name)  # the watch may tell of a later one meanwhile
         entry = await self._store.get(collection_key(name))
         if entry is not None:
-            self._learn(CollectionRecord.from_bytes(entry.key, entry.value), entry.revision)
+            try:
+                record = CollectionRecord.from_bytes(entry.key, entry.value)
+            except FormatTooNew as error:
+                raise Unavailable(error.message) from None
+            self._learn(record, entry.revision)
         elif known is not None:
             self._unlearn(name, known.revision)
         return entry
@@ -254,6 +265,7 @@ class Catalog:
                 record = CollectionRecord.from_bytes(event.key, event.value)
             except (FormatTooNew, InvariantError) as error:  # the others are none the worse
                 _log.error("collection_not_read", collection=name, why=str(error))
+                self._collections.pop(name, None)  # what we knew of it is not true any more
                 continue
             self._learn(record, event.revision)
 
@@ -279,6 +291,7 @@ class Catalog:
             return
         self._collections.pop(name, None)
         self._settle(name)
+        self.on_change()
 
     def _settle(self, name: str) -> None:
         timer = self._unfinished.pop(name, None)

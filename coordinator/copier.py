@@ -22,12 +22,12 @@ from datetime import UTC, datetime
 import numpy as np
 
 from coordinator.catalog import Catalog, Collection
-from coordinator.generations import Pair, Stored, text_of
+from coordinator.generations import Pair, Stored, pair_of, text_of
 from coordinator.texts import Texts, second_block
 from shoal import limits
 from shoal.api.filter import Filter, parse_filter
 from shoal.batch import PointBatch
-from shoal.errors import Busy, NotFound, ShoalError
+from shoal.errors import Busy, NotFound, ShoalError, VectorsChanged
 from shoal.ids import UUID_BIT
 from shoal.metadata.contract import Compare, MetadataStore
 from shoal.metadata.leadership import Leadership
@@ -46,6 +46,9 @@ from shoal.telemetry import logger
 
 __all__ = ["Advance", "Copier", "following", "missing"]
 
+_PAGE_FIRST = 16
+_FULL_PASS_EVERY = 16  # looks at all points, also where only those without a text seem to be left
+_CATCH_UP_S = 0.02
 _LOOK_S = 1.0  # between two looks at who leads
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.5, 30.0
 _FOREVER_S = 30.0  # at a rate of 0, between two looks whether the collection is there at all
@@ -106,6 +109,7 @@ class Copier:
         self._task: asyncio.Task[None] | None = None
         self._under_way: dict[tuple[int, str], asyncio.Task[None]] = {}
         self._carrying: dict[tuple[int, str], _Carrying] = {}
+        self.room = asyncio.Semaphore(limits.MIGRATIONS_AT_ONCE)  # in the encoder
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="migrations")
@@ -189,6 +193,8 @@ class Copier:
                 backoff_s = _BACKOFF_S_MIN
             except NotFound:
                 return  # the collection, or the migration
+            except VectorsChanged:
+                await work.catch_up()
             except ShoalError as error:
                 pause_s = error.retry_after_s if isinstance(error, Busy) else backoff_s
                 _log.warning("migration_waits", collection=name, vector=vector, why=error.message)
@@ -210,9 +216,10 @@ class _Carrying:
         self._catalog, self._storage = copier._catalog, copier._storage
         self._progress = _Progress()
         self._pause_s = limits.COPY_PAUSE_S_MIN
-        self._page = (
-            1  # points to ask for at once: payloads may be large, and nobody says how large
-        )
+        self._page = _PAGE_FIRST  # points to ask for at once: nobody says how large payloads are
+        self._fenced = -1  # the epoch that all shards were told of
+        self._without_text: dict[ShardKey, int] = {}  # of a pass that copied nothing
+        self._passes = 0
         self._let_through = (float("-inf"), 0)  # when points were last, and how many
         self.changed = asyncio.Event()  # some record
 
@@ -231,6 +238,7 @@ class _Carrying:
             case MigrationPhase.PREPARING:
                 await self._prepare(collection, migration)
             case MigrationPhase.COPYING:
+                await self._fence(collection)
                 await self._copy_all(collection)
             case MigrationPhase.DROPPING:
                 await self._drop(collection, migration)
@@ -245,7 +253,20 @@ class _Carrying:
         await self._alter(collection, AlterVectors(add={name: vector_spec(params, request)}))
         await self._go_on(collection, MigrationPhase.COPYING)
 
+    async def _fence(self, collection: Collection) -> None:
+        """From here on no write is applied that was made under an older record: such a one may leave a
+        vector that is out of date, or bring one that is gone. Nothing is copied before."""
+        epoch = collection.record.epoch
+        if self._fenced != epoch:
+            await self._alter(collection, AlterVectors(epoch=epoch))
+            self._fenced = epoch
+            self._without_text.clear()
+
     async def _drop(self, collection: Collection, migration: Migration) -> None:
+        await self._fence(collection)
+        for shard in collection.shards:  # those that would be left without any, as far as can be
+            async for _ in self._copy_shard(shard, backwards=True):
+                await self.tell()
         # Requests that began before may still read what is dropped, and so may coordinators that
         # have not heard of it yet.
         await asyncio.sleep(limits.DROP_GRACE_S)
@@ -265,17 +286,25 @@ class _Carrying:
         await self._catalog.change(self._name, change)
         _log.info("migration", collection=self._name, vector=self._vector, phase=phase or "over")
 
+    async def catch_up(self) -> None:
+        """Shards know of a later record than we do."""
+        await self._catalog.reread(self._name)
+        await asyncio.sleep(_CATCH_UP_S)
+
     # -- copying ----------------------------------------------------------------------------------
     async def _copy_all(self, collection: Collection) -> None:
         """Every shard once, then a pause that grows while there is nothing to do."""
-        before, skipped = self._progress.copied, 0
+        before, everywhere = self._progress.copied, self._passes % _FULL_PASS_EVERY == 0
+        self._passes += 1
         for shard in collection.shards:
-            async for without_text in self._copy_shard(shard):
-                skipped += without_text
-                await self.tell()
-        self._progress.without_text, self._progress.error = skipped, ""
-        if self._progress.copied > before:
+            if everywhere or await self._worth_a_look(shard):
+                await self._copy_both_ways(shard)
+        progress = self._progress
+        progress.without_text, progress.error = sum(self._without_text.values()), ""
+        if progress.copied > before:
             self._pause_s = limits.COPY_PAUSE_S_MIN
+        else:
+            progress.rate = 0.0
         await self.tell()
         if await self._wait(self._pause_s, collection):
             self._pause_s = min(2 * self._pause_s, limits.COPY_PAUSE_S_MAX)
@@ -294,25 +323,52 @@ class _Carrying:
                     await self.changed.wait()
         return True
 
-    async def _copy_shard(self, shard: ShardKey) -> AsyncIterator[int]:
-        """Gives after each batch how many of its points have no text."""
+    async def _copy_both_ways(self, shard: ShardKey) -> None:
+        without_text = 0
         for backwards in (False, True):
-            start: int | None = 0
-            while start is not None:
-                pair = self._pair()
-                if pair is None or pair.second is None or (backwards and not pair.complete):
-                    break
-                if backwards:
-                    pair = pair.exchanged()
-                points = await self._lacking(shard, pair, start)
-                if not len(points):
-                    break
-                start = following(points.ids.key(len(points) - 1))
-                yield len(points) - await self._copy(shard, points, pair)
+            if backwards and not self._now()[1].complete:
+                break
+            async for skipped in self._copy_shard(shard, backwards=backwards):
+                without_text += skipped
+                await self.tell()
+        self._without_text[shard] = without_text
+
+    async def _worth_a_look(self, shard: ShardKey) -> bool:
+        """Not when as many points lack a vector as had no text the last time: to read all of these
+        again at every look would cost more than it finds."""
+        known = self._without_text.get(shard)
+        pair = self._pair()
+        if not known or pair is None or pair.second is None:
+            return True
+        ways = [missing(pair.given, pair.second)]
+        if pair.complete:
+            ways.append(missing(pair.second, pair.given))
+        strong = Read(strong=True)
+        return known != sum([await self._storage.count(shard, way, strong) for way in ways])
+
+    async def _copy_shard(self, shard: ShardKey, *, backwards: bool) -> AsyncIterator[int]:
+        """Gives after each batch how many of its points have no text. Ends early when the record asks
+        for another fence."""
+        start: int | None = 0
+        while start is not None:
+            pair = self._pair()
+            if pair is None:
+                return
+            if backwards:
+                pair = pair.exchanged()
+            points = await self._lacking(shard, pair, start)
+            if not len(points):
+                return
+            start = following(points.ids.key(len(points) - 1))
+            yield len(points) - await self._copy(shard, points, pair)
 
     def _pair(self) -> Pair | None:
-        collection, _ = self._now()
-        return collection.pairs.get(self._vector)
+        """Both generations; None when the record is another one than shards were told of."""
+        collection, migration = self._now()
+        if collection.record.epoch != self._fenced:
+            return None
+        current = collection.record.migrated[self._vector].current
+        return pair_of(self._vector, current, migration, collection.fields.dense[self._vector])
 
     async def _lacking(self, shard: ShardKey, pair: Pair, start: int) -> PointBatch:
         assert pair.second is not None
@@ -322,7 +378,11 @@ class _Carrying:
             filter=missing(pair.given, pair.second),
             with_payload=True,
         )
-        points = await self._storage.scroll(shard, wanted, Read(strong=True))
+        try:
+            points = await self._storage.scroll(shard, wanted, Read(strong=True))
+        except ShoalError:
+            self._page = max(1, self._page // 2)  # perhaps it was more than a message may hold
+            raise
         if len(points.payload) > limits.COPY_PAGE_BYTES_TARGET:
             self._page = max(1, self._page // 2)
         else:
@@ -340,25 +400,29 @@ class _Carrying:
             return 0
         if not await self._turn(len(rows)):
             return len(rows)
-        embedded = await self._copier._texts.encode(
-            [text for text in texts if text is not None], to.model.model, to.model.fingerprint
-        )
+        epoch = self._fenced
+        async with self._copier.room:
+            embedded = await self._copier._texts.encode(
+                [text for text in texts if text is not None], to.model.model, to.model.fingerprint
+            )
         batch = PointBatch(points.ids.take(rows))
         batch.dense[to.name] = second_block(len(rows), list(range(len(rows))), embedded.vectors, to)
-        write = UpdateVectors(batch, if_versions=points.versions[rows])
+        write = UpdateVectors(batch, if_versions=points.versions[rows], epoch=epoch)
         await self._storage.write(shard, write)
         self._progress.copied += len(rows)
         self._progress.error = ""
         return len(rows)
 
     async def _turn(self, count: int) -> bool:
-        """Wait until the rate budget, as it is by then, has room for so many points. False when there
-        is nothing to copy any more."""
+        """Wait until the rate budget, as it is by then, has room for so many points. There is none while
+        vectors are about to be dropped. False when the record asks for another fence."""
         loop = asyncio.get_running_loop()
         while True:
             collection, migration = self._now()
             rate, now = migration.points_per_second, loop.time()
-            if migration.phase is not MigrationPhase.COPYING:
+            if migration.phase is MigrationPhase.DROPPING:
+                return True
+            if collection.record.epoch != self._fenced:
                 return False
             at, points = self._let_through
             pause_s = 0.0 if rate is None else _FOREVER_S if rate <= 0 else at + points / rate - now
@@ -383,7 +447,6 @@ class _Carrying:
             passed = max(now - progress.window_began, 1e-3)
             progress.rate = (progress.copied - progress.window_copied) / passed
         progress.window_began, progress.window_copied = now, progress.copied
-        progress.told_at, progress.told = now, told
         record = MigrationProgress(
             node=self._copier._node_id,
             at=datetime.now(UTC),
@@ -396,6 +459,7 @@ class _Carrying:
         try:
             collection, _ = self._now()  # the guard: nothing is left behind by one that is over
             guard = Compare(collection.record.key, collection.revision)
-            await self._copier._store.txn([guard], puts)
+            if (await self._copier._store.txn([guard], puts)).ok:
+                progress.told_at, progress.told = now, told
         except ShoalError as refused:  # it is for people only
             _log.info("progress_not_told", why=refused.message)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.binding import check_text, means
 from coordinator.parse import PendingText
@@ -31,6 +32,7 @@ from shoal.metadata.schema import (
     BoundModel,
     CollectionRecord,
     Generation,
+    Migration,
     MigrationPhase,
     stored_name,
 )
@@ -56,6 +58,7 @@ __all__ = [
     "exchanged",
     "for_text",
     "others_declared",
+    "pair_of",
     "pairs_of",
     "public_points",
     "stored_filter",
@@ -112,15 +115,20 @@ def pairs_of(record: CollectionRecord, fields: VectorFields) -> dict[str, Pair]:
         under_way = vector.migration
         if under_way is None or under_way.phase is not MigrationPhase.COPYING:
             pairs[name] = Pair(given, current=vector.current.number)
-            continue
-        pairs[name] = Pair(
-            given,
-            _stored(name, under_way.other, fields.dense[name]),
-            vector.current.number,
-            under_way.text_field,
-            under_way.complete,
-        )
+        else:
+            pairs[name] = pair_of(name, vector.current, under_way, fields.dense[name])
     return pairs
+
+
+def pair_of(vector: str, current: Generation, under_way: Migration, field: VectorField) -> Pair:
+    """Both generations, whatever the phase. field: as the current one has it."""
+    return Pair(
+        _stored(vector, current, field),
+        _stored(vector, under_way.other, field),
+        current.number,
+        under_way.text_field,
+        under_way.complete,
+    )
 
 
 def _stored(vector: str, generation: Generation, field: VectorField) -> Stored:
@@ -280,6 +288,7 @@ def updates_of(update: UpdateVectors, pairs: Pairs) -> list[UpdateVectors]:
         for name in names:
             if (block := points.dense.get(name)) is not None:
                 brings[:, column] |= True if block.present is None else block.present
+        _only_last(points, names, brings[:, column])
     ends = np.flatnonzero((brings[1:] != brings[:-1]).any(axis=1)) + 1
     parts = []
     for rows in np.split(np.arange(len(points)), ends):
@@ -290,6 +299,27 @@ def updates_of(update: UpdateVectors, pairs: Pairs) -> list[UpdateVectors]:
         part = points if len(rows) == len(points) else points.take(rows)
         parts.append(replace(update, points=part, forget=tuple(forget)))
     return parts
+
+
+def _only_last(points: PointBatch, names: Sequence[str], brings: NDArray[np.bool_]) -> None:
+    """Of rows of one id that bring any of these vectors the last decides about all of them: the blocks,
+    and `brings`, lose the earlier ones."""
+    keys = points.ids.keys()
+    if len(set(keys)) == len(keys):
+        return
+    seen: set[int] = set()
+    for row in range(len(keys) - 1, -1, -1):
+        if brings[row] and keys[row] in seen:
+            brings[row] = False
+            for name in names:
+                if (block := points.dense.get(name)) is not None:
+                    present = (
+                        np.ones(len(keys), np.bool_) if block.present is None else block.present
+                    )
+                    block.present = present.copy()
+                    block.present[row] = False
+        elif brings[row]:
+            seen.add(keys[row])
 
 
 def stored_write(write: Write, pairs: Pairs) -> Write:

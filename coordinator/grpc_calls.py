@@ -25,8 +25,8 @@ from coordinator.parse import PointsWrite
 from coordinator.requests import AnyWrite
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
-from shoal.errors import BadRequest, NotFound
-from shoal.limits import GRPC_STREAM_SEARCHES_MAX, MIB
+from shoal.errors import BadRequest, InvariantError, NotFound, VectorsChanged
+from shoal.limits import GRPC_STREAM_SEARCHES_MAX, MIB, VECTORS_CHANGED_ATTEMPTS
 from shoal.v1 import collections_pb2, points_pb2
 from shoal.vectors import VectorFields
 
@@ -42,17 +42,23 @@ Function = Callable[[Coordinator, Q], Awaitable[A]]
 
 
 def _of_collection(function: Function[Q, A]) -> Function[Q, A]:
-    """Once more when the collection was another one by the time that its shards were asked."""
+    """Once more when the collection was another one by the time that its shards were asked, or its
+    vectors were."""
 
     @wraps(function)
     async def call(coordinator: Coordinator, request: Q) -> A:
-        try:
-            return await function(coordinator, request)
-        except ShardGone as gone:
+        for last in (*[False] * (VECTORS_CHANGED_ATTEMPTS - 1), True):
             name = getattr(request, "collection", None) or request.name  # type: ignore[attr-defined]
-            if not await coordinator.catalog.replaced(name, gone):
-                raise
-        return await function(coordinator, request)
+            try:
+                return await function(coordinator, request)
+            except ShardGone as gone:
+                if last or not await coordinator.catalog.replaced(name, gone):
+                    raise
+            except VectorsChanged as changed:
+                if last or changed.maybe_applied:
+                    raise
+                await coordinator.catalog.reread(name)
+        raise InvariantError("the last attempt returns or raises")
 
     return call
 

@@ -187,7 +187,7 @@ async def migration_status(call: Call) -> bytes:
 
 async def compare_models(call: Call) -> bytes:
     collection, vector = await _vector(call)
-    request = validate(migration.CompareRequest, call.body or b"{}")
+    request = validate(migration.CompareRequest, _small(call.body) or b"{}")
     return render_model(await call.coordinator.migrations.compare(collection, vector, request))
 
 
@@ -205,8 +205,8 @@ async def rollback_model(call: Call) -> bytes:
 
 async def drop_model(call: Call) -> bytes:
     collection, vector = await _vector(call)
-    model = validate(migration.DropRequest, _small(call.body)).model
-    return render_model(await call.coordinator.migrations.drop(collection, vector, model))
+    request = validate(migration.DropRequest, _small(call.body))
+    return render_model(await call.coordinator.migrations.drop(collection, vector, request))
 
 
 async def _vector(call: Call) -> tuple[Collection, str]:

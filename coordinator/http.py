@@ -30,12 +30,19 @@ from shoal.errors import (
     BadRequest,
     BodyTooLarge,
     Busy,
+    InvariantError,
     ShoalError,
     TimedOut,
     Unavailable,
+    VectorsChanged,
 )
 from shoal.health import HealthReport
-from shoal.limits import BODY_BYTES_MAX, PENDING_REQUESTS_MAX, REQUEST_TIMEOUT_S_MAX
+from shoal.limits import (
+    BODY_BYTES_MAX,
+    PENDING_REQUESTS_MAX,
+    REQUEST_TIMEOUT_S_MAX,
+    VECTORS_CHANGED_ATTEMPTS,
+)
 from shoal.storage_api import ShardKey
 from shoal.telemetry import logger
 
@@ -200,14 +207,22 @@ class Api:
         return result
 
     async def _handled(self, route: Route, call: Call) -> bytes | Answer:
-        """Once more when the collection was another one by the time that its shards were asked."""
-        try:
-            return await route.handler(call)
-        except ShardGone as gone:
+        """Once more when the collection was another one by the time that its shards were asked, or its
+        vectors were: then the request is read anew."""
+        for last in (*[False] * (VECTORS_CHANGED_ATTEMPTS - 1), True):
             name = call.params.get("collection_name")
-            if name is None or not await self._coordinator.catalog.replaced(name, gone):
-                raise
-        return await route.handler(call)
+            try:
+                return await route.handler(call)
+            except ShardGone as gone:
+                if last or name is None:
+                    raise
+                if not await self._coordinator.catalog.replaced(name, gone):
+                    raise
+            except VectorsChanged as changed:
+                if last or name is None or changed.maybe_applied or call.written:
+                    raise
+                await self._coordinator.catalog.reread(name)
+        raise InvariantError("the last attempt returns or raises")
 
 
 def _outcome(*, maybe_applied: bool) -> tuple[tuple[bytes, bytes], ...]:

@@ -16,6 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
@@ -31,16 +32,17 @@ from shoal.api.migration import (
     CompareQuery,
     CompareRequest,
     DifferentAnswers,
+    DropRequest,
     MigrateRequest,
     MigrationStatus,
     RankingQuality,
     SwitchRequest,
 )
 from shoal.encoder_api import ModelInfo
-from shoal.errors import BadRequest, NotFound
+from shoal.errors import BadRequest, Busy, NotFound, ShoalError
 from shoal.ids import format_id, parse_id
 from shoal.json_path import parse_path
-from shoal.limits import RECORDED_QUERIES_MAX
+from shoal.limits import RECORDED_QUERIES_MAX, RECORDED_QUERY_BYTES_MAX
 from shoal.metadata.contract import MetadataStore
 from shoal.metadata.schema import (
     BoundModel,
@@ -54,6 +56,7 @@ from shoal.metadata.schema import (
 )
 from shoal.ranking import Interval, bootstrap_mean, ndcg, overlap
 from shoal.storage_api import Hits, Read
+from shoal.vectors import Datatype
 
 __all__ = ["UNNAMED", "Migrations", "advanced", "migration_of"]
 
@@ -78,15 +81,19 @@ class Migrations:
     ) -> None:
         self._catalog, self._store, self._texts = catalog, store, texts
         self._search, self._count = search, count
-        self._recorded: dict[tuple[int, str], OrderedDict[str, None]] = {}
+        self._recorded: dict[tuple[int, str], OrderedDict[str, Filter | None]] = {}
+        self._comparing = False
 
     # -- changes ----------------------------------------------------------------------------------
     async def start(
         self, collection: Collection, vector: str, request: MigrateRequest
     ) -> MigrationStatus:
-        """Begin one, or change the rate and the text field of the one under way to the same model.
-        Raises BadRequest for what cannot be migrated."""
+        """Begin one. Of one that is under way, to or from that model: change its rate, and nothing
+        else. Raises BadRequest for what cannot be migrated."""
         parse_path(request.text_field)
+        found = collection.record.migrated.get(vector)
+        if found is not None and found.migration is not None:
+            return await self._continue(collection, vector, found, request)
         current = await self._current(collection, vector, request)
         info = await self._served(request.model, request.fingerprint)
         if (info.name, info.fingerprint) == (current.model, current.fingerprint):
@@ -100,7 +107,54 @@ class Migrations:
         def change(record: CollectionRecord) -> CollectionRecord:
             return _begun(record, collection, vector, request, current, wanted, info.dim)
 
-        return await self.status(await self._catalog.change(collection.name, change), vector)
+        return await self._changed(collection, vector, change)
+
+    async def _continue(
+        self,
+        collection: Collection,
+        vector: str,
+        found: MigratedVector,
+        request: MigrateRequest,
+    ) -> MigrationStatus:
+        """No model has to answer: a copy that waits for one must be stopped, too."""
+        under_way, known = migration_of(collection, vector), self._texts.models()
+        both = (found.current.model, under_way.other.model)
+        wanted = {bound.fingerprint for bound in both if means(bound, request.model, known)}
+        if wanted and request.fingerprint not in (None, *wanted):
+            raise BadRequest(
+                f"Wrong input: the fingerprint of {request.model} is {' or '.join(map(str, wanted))} in "
+                f"the change that is under way, and not {request.fingerprint}"
+            )
+        if not wanted:
+            raise BadRequest(
+                f"Wrong input: the vector '{vector}' is being changed already (between "
+                f"{both[0].model} and {both[1].model}, {under_way.phase}): end that with `drop` first"
+            )
+        if request.text_field != under_way.text_field:
+            raise BadRequest(
+                f"Wrong input: vectors are being made of the texts at `{under_way.text_field}`: to take "
+                f"them from `{request.text_field}`, end that with `drop` and begin anew"
+            )
+        if "points_per_second" not in request.model_fields_set:
+            return self._told(collection, vector)
+        rate = {"points_per_second": request.points_per_second}
+
+        def change(record: CollectionRecord) -> CollectionRecord:
+            now = _under_way(record, collection, vector)
+            assert now.migration is not None
+            changed = now.migration.model_copy(update=rate)
+            return _with(record, vector, now.current, now.last, changed)
+
+        return await self._changed(collection, vector, change)
+
+    async def _changed(
+        self,
+        collection: Collection,
+        vector: str,
+        change: Callable[[CollectionRecord], CollectionRecord | None],
+    ) -> MigrationStatus:
+        """Nothing is counted afterwards: that could fail, and the change has been made."""
+        return self._told(await self._catalog.change(collection.name, change), vector)
 
     async def _current(
         self, collection: Collection, vector: str, request: MigrateRequest
@@ -112,12 +166,26 @@ class Migrations:
                 f"Wrong input: '{vector}' is no dense vector of this collection, and only those "
                 "can change their model"
             )
+        if to.datatype is Datatype.UINT8:
+            raise BadRequest(
+                f"Wrong input: the vector '{vector}' holds numbers from 0 to 255, and models make "
+                "numbers from -1 to 1: make a new collection with float32"
+            )
         bound = collection.record.models.get(vector)
         name = request.current_model if bound is None else bound.model
         if name is None:
             raise BadRequest(
                 f"Wrong input: nobody has said which model the vector '{vector}' is of: say it in "
                 "`current_model`"
+            )
+        if (
+            bound is not None
+            and request.current_model is not None
+            and not means(bound, request.current_model, self._texts.models())
+        ):
+            raise BadRequest(
+                f"Wrong input: the vector '{vector}' is of the model {bound.model}, and not of "
+                f"{request.current_model}: leave `current_model` out"
             )
         known = await self._served(name, None if bound is None else bound.fingerprint)
         if known.dim != to.dim:
@@ -189,58 +257,77 @@ class Migrations:
             turned = found.migration.model_copy(
                 update={"other": found.current, "switched": switched, "complete": True}
             )
-            return _with(record, vector, found.migration.other, found.last, turned)
+            return _with(record, vector, found.migration.other, found.last, turned, new_epoch=True)
 
-        return await self.status(await self._catalog.change(collection.name, change), vector)
+        return await self._changed(collection, vector, change)
 
-    async def drop(self, collection: Collection, vector: str, model: str) -> MigrationStatus:
+    async def drop(
+        self, collection: Collection, vector: str, request: DropRequest
+    ) -> MigrationStatus:
         """End it: forget the vectors of the model that is not in use, which must be named."""
-        under_way = migration_of(collection, vector)
-        other, current = under_way.other.model, collection.pairs[vector].given.model
-        known = self._texts.models()
-        by_name = means(other, model, known) and not means(current, model, known)
-        if model != other.fingerprint and not by_name:
-            raise BadRequest(
-                f"Wrong input: the vectors that can be dropped are those of {other.model} "
-                f"({other.fingerprint}), and the request names {model}"
-            )
+        under_way, known = migration_of(collection, vector), self._texts.models()
+        current = collection.record.migrated[vector].current.model
+        _check_named(under_way.other.model, current, request.model, known)
+        pair = collection.pairs[vector]
+        if pair.second is not None and under_way.switched and not request.allow_missing:
+            left = await self._count_stored(collection, missing(pair.second, pair.given))
+            if left:
+                raise BadRequest(
+                    f"Wrong input: {left} points have a vector of {under_way.other.model.model} only, "
+                    "and would keep none: wait until `only_other` is 0, or, if they have no text, send "
+                    "`allow_missing`"
+                )
 
         def change(record: CollectionRecord) -> CollectionRecord:
+            now = _under_way(record, collection, vector)
+            assert now.migration is not None
+            _check_named(now.migration.other.model, now.current.model, request.model, known)
             return advanced(record, collection, vector, MigrationPhase.DROPPING)
 
-        return await self.status(await self._catalog.change(collection.name, change), vector)
+        return await self._changed(collection, vector, change)
 
     # -- how far it is ----------------------------------------------------------------------------
     async def status(self, collection: Collection, vector: str) -> MigrationStatus:
         """Counted now; rate and errors as the coordinator that copies has said last."""
-        under_way = migration_of(collection, vector)
-        pair = collection.pairs[vector]
+        under_way, pair = migration_of(collection, vector), collection.pairs[vector]
         entry = await self._store.get(migration_key(collection.record.id, vector))
         said = None if entry is None else MigrationProgress.from_bytes(entry.key, entry.value)
-        points = await self._count_stored(
-            collection, parse_filter({"must": [{"has_vector": pair.given.name}]})
-        )
-        left = points
+        having = parse_filter({"must": [{"has_vector": pair.given.name}]})
+        points = await self._count_stored(collection, having)
+        left, only_other = points, 0
         if pair.second is not None:
             left = await self._count_stored(collection, missing(pair.given, pair.second))
+            only_other = await self._count_stored(collection, missing(pair.second, pair.given))
+        counts: dict[str, Any] = {
+            "points": points,
+            "done": points - left,
+            "left": left,
+            "only_other": only_other,
+            "seconds_left": _seconds_left(left, said, under_way.points_per_second),
+        }
+        if said is not None:
+            counts |= {
+                "without_text": said.without_text,
+                "points_per_second": said.points_per_second,
+                "copied_by": said.node,
+                "error": said.error or None,
+            }
+        return self._told(collection, vector).model_copy(update=counts)
+
+    def _told(self, collection: Collection, vector: str) -> MigrationStatus:
+        """What the record says."""
+        under_way = migration_of(collection, vector)
+        given = collection.pairs[vector].given
         return MigrationStatus(
             vector=vector,
             phase=under_way.phase.value,
             switched=under_way.switched,
             complete=under_way.complete,
-            current=_model(pair.given.model, pair.given.field.dim),
+            current=_model(given.model, given.field.dim),
             other=_model(under_way.other.model, under_way.other.size),
             text_field=under_way.text_field,
             points_per_second_max=under_way.points_per_second,
             started_at=under_way.started_at.isoformat(timespec="seconds"),
-            points=points,
-            done=points - left,
-            left=left,
-            without_text=None if said is None else said.without_text,
-            points_per_second=None if said is None else said.points_per_second,
-            seconds_left=_seconds_left(left, said, under_way.points_per_second),
-            copied_by=None if said is None else said.node,
-            error=None if said is None else said.error or None,
             recorded_queries=len(self._recorded.get((collection.record.id, vector), ())),
         )
 
@@ -249,22 +336,25 @@ class Migrations:
         return await self._count(_plain(collection), filter, _STRONG)
 
     # -- comparing --------------------------------------------------------------------------------
-    def record(self, collection: Collection, vector: str, text: str) -> None:
+    def record(self, collection: Collection, vector: str, text: str, filter: Filter | None) -> None:
         """Remember a query for a comparison: the last RECORDED_QUERIES_MAX of each vector under
-        migration, in memory only."""
+        migration, in memory only, and until it ends."""
         pair = collection.pairs.get(vector)
-        if pair is None or pair.second is None:
+        if pair is None or pair.second is None or not text:
             return
-        key = (collection.record.id, vector)
-        if key not in self._recorded:
-            self._forget_ended()
-        texts = self._recorded.setdefault(key, OrderedDict())
-        texts[text] = None
-        texts.move_to_end(text)
-        if len(texts) > RECORDED_QUERIES_MAX:
-            texts.popitem(last=False)
+        size = len(text.encode()) + (0 if filter is None else len(filter.model_dump_json()))
+        if size > RECORDED_QUERY_BYTES_MAX:
+            return
+        queries = self._recorded.setdefault((collection.record.id, vector), OrderedDict())
+        queries[text] = filter
+        queries.move_to_end(text)
+        if len(queries) > RECORDED_QUERIES_MAX:
+            queries.popitem(last=False)
 
-    def _forget_ended(self) -> None:
+    def forget_ended(self) -> None:
+        """Those of vectors that are not being changed any more."""
+        if not self._recorded:
+            return
         going_on = {
             (collection.record.id, vector)
             for collection in self._catalog.collections()
@@ -276,14 +366,25 @@ class Migrations:
     async def compare(
         self, collection: Collection, vector: str, request: CompareRequest
     ) -> Compared:
-        """Ask both the same. Cost: two embeddings and two searches a query."""
+        """Ask both the same. Cost: two embeddings and two searches a query. One at a time: Busy."""
+        if self._comparing:
+            raise Busy("a comparison is under way on this coordinator: try again when it has ended")
+        self._comparing = True
+        try:
+            return await self._compare(collection, vector, request)
+        finally:
+            self._comparing = False
+
+    async def _compare(
+        self, collection: Collection, vector: str, request: CompareRequest
+    ) -> Compared:
         under_way, pair = migration_of(collection, vector), collection.pairs[vector]
         if pair.second is None:
             raise _not_ready(under_way.phase)
         queries = request.queries
         if queries is None:
-            texts = self._recorded.get((collection.record.id, vector), OrderedDict())
-            queries = [CompareQuery(text=text) for text in texts]
+            seen = self._recorded.get((collection.record.id, vector), OrderedDict())
+            queries = [CompareQuery(text=text, filter=only) for text, only in seen.items()]
         if not queries:
             raise BadRequest(
                 "Wrong input: no queries to compare with: this coordinator has seen no text queries "
@@ -291,9 +392,16 @@ class Migrations:
             )
         other = collection.with_others([vector])
         room = asyncio.Semaphore(_SEARCHES_AT_ONCE)
-        answers = await asyncio.gather(
-            *(self._both(collection, other, vector, query, request, room) for query in queries)
-        )
+        tasks: list[asyncio.Task[tuple[list[int], list[int]]]] = []
+        try:
+            async with asyncio.TaskGroup() as group:  # the first error ends the others
+                tasks += [
+                    group.create_task(self._both(collection, other, vector, query, request, room))
+                    for query in queries
+                ]
+        except* ShoalError as failed:
+            raise failed.exceptions[0] from None
+        answers = [task.result() for task in tasks]
         left = await self._count_stored(collection, missing(pair.given, pair.second))
         return await asyncio.to_thread(
             _compared, queries, answers, request, pair, left, given=request.queries is not None
@@ -346,7 +454,7 @@ def advanced(
     if found.migration.phase not in comes_after[phase]:
         return record
     changed = None if phase is None else found.migration.model_copy(update={"phase": phase})
-    return _with(record, vector, found.current, found.last, changed)
+    return _with(record, vector, found.current, found.last, changed, new_epoch=phase is not None)
 
 
 def _under_way(record: CollectionRecord, collection: Collection, vector: str) -> MigratedVector:
@@ -369,13 +477,17 @@ def _with(
     current: Generation,
     last: int,
     migration: Migration | None,
+    *,
+    new_epoch: bool = False,
 ) -> CollectionRecord:
+    """new_epoch: from here on writes must bring, or leave, other vectors."""
     migrated = MigratedVector(current=current, last=last, migration=migration)
     return record.model_copy(
         update={
             "version": 3,
             "migrated": {**record.migrated, vector: migrated},
             "models": {**record.models, vector: current.model},
+            "epoch": record.epoch + new_epoch,
         }
     )
 
@@ -395,17 +507,10 @@ def _begun(
     if found is None:
         size = collection.fields.dense[vector].dim
         found = MigratedVector(current=Generation(number=0, size=size, model=current), last=0)
-    if (going_on := found.migration) is not None:
-        if going_on.other.model != wanted or going_on.phase is MigrationPhase.DROPPING:
-            raise BadRequest(
-                f"Wrong input: the vector '{vector}' is being changed already (to or from "
-                f"{going_on.other.model.model}, {going_on.phase}): end that with `drop` first"
-            )
-        changed = {
-            "points_per_second": request.points_per_second,
-            "text_field": request.text_field,
-        }
-        return _with(record, vector, found.current, found.last, going_on.model_copy(update=changed))
+    if found.migration is not None:  # of somebody who was faster
+        raise Busy(
+            f"the vector '{vector}' is being changed since a moment ago: look how, then decide"
+        )
     number = found.last + 1
     migration = Migration(
         phase=MigrationPhase.PREPARING,
@@ -419,6 +524,18 @@ def _begun(
 
 def pair_model(collection: Collection, vector: str) -> str:
     return collection.pairs[vector].given.model.model
+
+
+def _check_named(
+    other: BoundModel, current: BoundModel, model: str, known: Sequence[ModelInfo]
+) -> None:
+    """Raises BadRequest unless `model` certainly is the one that is not in use."""
+    by_name = means(other, model, known) and not means(current, model, known)
+    if model != other.fingerprint and not by_name:
+        raise BadRequest(
+            f"Wrong input: the vectors that can be dropped are those of {other.model} "
+            f"({other.fingerprint}), and the request names {model}"
+        )
 
 
 def _none_under_way(vector: str) -> NotFound:

@@ -115,8 +115,8 @@ _MIGRATIONS = (
     ),
     Route(
         "POST", f"{_M}/compare", "compare_models", handlers.compare_models,
-        "What both models answer to the same queries",
-        request=migration.CompareRequest, result=Envelope[migration.Compared],
+        "What both models answer to the same queries; recorded ones are other people's",
+        request=migration.CompareRequest, result=Envelope[migration.Compared], writes=True,
         options=("timeout",), tag="migration",
     ),
     Route(

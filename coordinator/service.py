@@ -148,12 +148,16 @@ class Coordinator:
             advance=advanced,
             leadership=leadership,
         )
-        self.catalog.on_change = self._copier.wake
+        self.catalog.on_change = self._changed
 
     async def start(self) -> None:
         """Read the catalog and follow it. The storage node may be started after this."""
         await self.catalog.load()
         self._copier.start()
+
+    def _changed(self) -> None:
+        self._copier.wake()
+        self.migrations.forget_ended()
 
     async def close(self) -> None:
         """Wait for changes of collections that are under way, and follow the catalog no more."""
@@ -167,9 +171,10 @@ class Coordinator:
     async def query(self, collection: Collection, query: Query, read: Read = ANY_READ) -> Hits:
         """The best points, or without a query the first by id (score 0). Raises BadRequest for an
         unknown vector or a wrong dimension, NotFound for a point to start from that is not there."""
+        hits = await self.search(collection, query, read)
         if query.text is not None:
-            self.migrations.record(collection, query.using, query.text.text)
-        return await self.search(collection, query, read)
+            self.migrations.record(collection, query.using, query.text.text, query.filter)
+        return hits
 
     async def search(self, collection: Collection, query: Query, read: Read) -> Hits:
         """As `query`, and nobody remembers it."""
@@ -350,9 +355,15 @@ class Coordinator:
         done: list[Written] = []
         for writes in prepared:
             applied: dict[ShardKey, int] = {}
+            missing: NotFound | None = None
             try:
                 for write in writes:
-                    applied |= (await self.apply(collection, write)).sequences
+                    try:
+                        applied |= (await self.apply(collection, write)).sequences
+                    except NotFound as error:  # everything else is applied first
+                        missing = missing or error
+                if missing is not None:
+                    raise missing
             except ShoalError as error:
                 if done or applied:
                     error.maybe_applied = True
@@ -366,6 +377,10 @@ class Coordinator:
     async def prepare(self, collection: Collection, request: AnyWrite) -> list[Write]:
         """Embed texts and normalise vectors: after this nothing of the request can be wrong. Nearly
         always one write; see coordinator/generations.py, `updates_of`."""
+        writes, epoch = await self._prepare(collection, request), collection.record.epoch
+        return [replace(write, epoch=epoch) for write in writes] if epoch else writes
+
+    async def _prepare(self, collection: Collection, request: AnyWrite) -> list[Write]:
         pairs = collection.pairs
         if not isinstance(request, PointsWrite):
             return [stored_write(request, pairs) if pairs else request]

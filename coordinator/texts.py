@@ -9,6 +9,7 @@ not be missing.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 
@@ -28,9 +29,9 @@ from coordinator.generations import (
 from coordinator.parse import PendingText, PointsWrite
 from shoal.batch import DenseBlock, PointBatch
 from shoal.encoder_api import DEFAULT_MODEL, Embedding, Encoder, ModelInfo
-from shoal.errors import BadRequest, NotSupported, ShoalError
+from shoal.errors import BadRequest, NotSupported, ShoalError, Unavailable
 from shoal.ids import format_id
-from shoal.limits import SECOND_TEXTS_MAX
+from shoal.limits import SECOND_TEXTS_MAX, SECOND_WAIT_PER_TEXT_S, SECOND_WAIT_S
 from shoal.telemetry import logger
 from shoal.vectors import prepare_rows
 
@@ -159,7 +160,7 @@ class Texts:
                     or isinstance(error, BadRequest)
                 ):
                     raise
-                _left_out(collection, pair.given, error)
+                _left_out(collection, pair.given, error.message)
                 _take_out(write.points.dense[name], [text.row for text in waiting])
                 continue
             _put(write.points.dense[name], collection, waiting, vectors)
@@ -189,26 +190,31 @@ class Texts:
             _check_all(points, name, pair, chosen)
         if not chosen:
             return None
+        texts = list(chosen.values())
+        patience_s = SECOND_WAIT_S + SECOND_WAIT_PER_TEXT_S * len(texts)
         try:
-            texts = list(chosen.values())
-            vectors = (
-                await self.encode(texts, second.model.model, second.model.fingerprint)
-            ).vectors
+            async with asyncio.timeout(None if needed else patience_s):
+                embedded = await self.encode(texts, second.model.model, second.model.fingerprint)
+            return second_block(len(points), list(chosen), embedded.vectors, second)
+        except TimeoutError:
+            why = f"{second.model.model} has not answered within {patience_s:.1f} s"
+            _left_out(collection, second, why)
         except ShoalError as error:
             if needed:
                 raise
-            _left_out(collection, second, error)
-            return None
-        return second_block(len(points), list(chosen), vectors, second)
+            _left_out(collection, second, error.message)
+        return None
 
 
 def second_block(
     count: int, rows: Sequence[int], vectors: NDArray[np.float32], to: Stored
 ) -> DenseBlock:
-    """Vectors of a model, in the stored form, as those of some rows of a batch of `count`."""
+    """Vectors of a model, in the stored form, as those of some rows of a batch of `count`. Raises
+    Unavailable when they are none."""
     values = np.zeros((count, to.field.dim), np.float32)
     values[rows] = vectors
-    prepare_rows(values, to.field)
+    if prepare_rows(values, to.field) is not None:
+        raise Unavailable(f"the model {to.model.model} made a vector with NaN or infinity")
     present = np.zeros(count, np.bool_)
     present[rows] = True
     return DenseBlock(values, None if present.all() else present)
@@ -245,6 +251,12 @@ def _check_all(points: PointBatch, name: str, pair: Pair, chosen: dict[int, str]
     for row in range(len(points)):
         if row in chosen or not (block.present is None or block.present[row]):
             continue
+        if points.payload_offsets is None:
+            raise BadRequest(
+                f"Wrong input: the vector '{name}' is searched with the model "
+                f"{second.model.model}, and an update of vectors brings no payload of whose text one "
+                f"could be made: send one of {second.model.model}, or a text, or the whole point"
+            )
         raise BadRequest(
             f"Wrong input: the vector '{name}' is of the model {second.model.model} by now, and this "
             f"one is of {pair.given.model.model}; it could be made of the text at "
@@ -253,10 +265,10 @@ def _check_all(points: PointBatch, name: str, pair: Pair, chosen: dict[int, str]
         )
 
 
-def _left_out(collection: Collection, generation: Stored, error: ShoalError) -> None:
+def _left_out(collection: Collection, generation: Stored, why: str) -> None:
     _log.warning(
         "second_vector_left_out",
         collection=collection.name,
         model=generation.model.model,
-        why=error.message,
+        why=why,
     )

@@ -15,6 +15,7 @@
     ├── Unavailable               503     a part is starting, stopping or unreachable; retry
     │   ├── NotPrimary            503     this replica is not the primary (any more): ask the one that is
     │   └── Stale                 503     this replica lags behind what the read must see: ask another
+    ├── VectorsChanged            503     the collection's vectors changed while it was written: again
     ├── StorageFull               507     the operator: free disk space; reads go on
     └── StartupError              (exit 2) the operator: settings or data directory
         ├── SettingsError
@@ -50,6 +51,7 @@ __all__ = [
     "TimedOut",
     "Unauthorized",
     "Unavailable",
+    "VectorsChanged",
     "must",
 ]
 
@@ -131,6 +133,14 @@ class NotPrimary(Unavailable):
 
 class Stale(Unavailable):
     """Between the parts of Shoal; a client sees it only when no replica is fresh enough in time."""
+
+
+class VectorsChanged(ShoalError):
+    """A write was made for vectors that the collection had before; nothing happened. Between the parts
+    of Shoal: a coordinator reads the record and makes the write anew."""
+
+    status_code = 503
+    retryable = True
 
 
 class StorageFull(ShoalError):

@@ -115,15 +115,19 @@ INDEX_JOB_WAIT_S = 5.0  # without any index node before replicas build for thems
 INDEX_ARTIFACT_KEEP_S = 600.0  # an index node keeps what it built so long for replicas to fetch
 
 # -- changing the model of a collection -----------------------------------------------------------
-SECOND_TEXTS_MAX = (
-    64  # of payloads, that one write embeds for the other model; more are copied later
-)
+VECTORS_CHANGED_ATTEMPTS = 4  # of one request whose collection changed its vectors meanwhile
+SECOND_TEXTS_MAX = 64  # of payloads, that a write embeds for the other model; more are copied later
+SECOND_WAIT_S = 1.0  # that a write waits for the other model …
+SECOND_WAIT_PER_TEXT_S = 0.02  # … and so long for each text
 COPY_POINTS = 64  # that the background copy embeds and writes at once
 COPY_PAGE_BYTES_TARGET = 4 * MIB  # payloads that it reads for that
+MIGRATIONS_AT_ONCE = 4  # batches of all copies that one coordinator gives to the encoder together
 COPY_PAUSE_S_MIN, COPY_PAUSE_S_MAX = 1.0, 30.0  # between two looks while there is nothing to copy
 PROGRESS_S = 2.0  # how often a copy says in the metadata store how far it is
 DROP_GRACE_S = 10.0  # requests that began before a drop may still read the vectors for so long
-RECORDED_QUERIES_MAX = 256  # texts that a coordinator remembers of a vector that is being changed
+RECORDED_QUERIES_MAX = 256  # that a coordinator remembers of a vector that is being changed …
+RECORDED_QUERY_BYTES_MAX = 4 * KIB  # … each, with its filter; longer ones are not remembered
+GAIN_MAX = 1e6  # of a judgment
 COMPARED_QUERIES_MAX = 1_000  # of one comparison: each is embedded and searched twice
 
 # -- the encoder ----------------------------------------------------------------------------------

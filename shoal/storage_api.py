@@ -90,6 +90,7 @@ class ShardSpec:
     """What a shard is created with. What AlterVectors changes later, the shard keeps by itself.
 
     since  of vectors that came later: the log entry that added each; for storage nodes only.
+    epoch  writes of an older one are refused; for storage nodes only.
     """
 
     key: ShardKey
@@ -97,6 +98,7 @@ class ShardSpec:
     dense: dict[str, VectorSpec]
     sparse: tuple[str, ...] = ()
     since: Mapping[str, int] = field(default_factory=dict)
+    epoch: int = 0
 
 
 # -- writes ---------------------------------------------------------------------------------------
@@ -114,8 +116,16 @@ class Selector:
     filter: Filter | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """Common to all writes. epoch: of the collection's vectors, as the coordinator knew them that made
+    this write; see AlterVectors."""
+
+    epoch: int = 0
+
+
 @dataclass(frozen=True, slots=True)
-class Upsert:
+class Upsert(Known):
     """Replace whole points. The same id twice in `points`: the later row wins.
     update_filter: an existing point is replaced only if it matches; new ones are inserted."""
 
@@ -125,7 +135,7 @@ class Upsert:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateVectors:
+class UpdateVectors(Known):
     """Replace the vectors present in `points`, keep the rest of each point.
 
     if_versions  (n,) uint64: a row is applied only if its point exists and its version
@@ -142,18 +152,18 @@ class UpdateVectors:
 
 
 @dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(Known):
     where: Selector
 
 
 @dataclass(frozen=True, slots=True)
-class DeleteVectors:
+class DeleteVectors(Known):
     where: Selector
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class SetPayload:
+class SetPayload(Known):
     """Merge `payload` (JSON object bytes) into each point, at the top or at JSON path `key`.
 
     forget, here and in the next three: vectors that each changed point loses by the same entry;
@@ -166,27 +176,27 @@ class SetPayload:
 
 
 @dataclass(frozen=True, slots=True)
-class OverwritePayload:
+class OverwritePayload(Known):
     where: Selector
     payload: bytes
     forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class DeletePayload:
+class DeletePayload(Known):
     where: Selector
     keys: tuple[str, ...]
     forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ClearPayload:
+class ClearPayload(Known):
     where: Selector
     forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class AlterVectors:
+class AlterVectors(Known):
     """Change which dense vectors the shard has; nothing is rewritten, and no read fails.
 
     drop  these are gone from every point; their files follow. An unknown name: nothing.
@@ -194,6 +204,9 @@ class AlterVectors:
           another: BadRequest. A name that was dropped, here or before, begins empty again.
     A name in both is dropped first. BadRequest also for sparse vectors and multivectors, which can be
     neither, and beyond limits.SHARD_VECTORS_MAX. Sent again it changes nothing, but for such a name.
+
+    epoch  writes of an older one that come after this are refused with VectorsChanged: they may lack
+           what points need by now, or bring what is gone. It never falls.
     """
 
     add: Mapping[str, VectorSpec] = field(default_factory=dict)

@@ -80,9 +80,9 @@ def encode(entry: LogEntry) -> bytes:
             )
         case ClearPayload(where=where, forget=forget):
             message = wire.Entry(clear_payload=wire.ClearPayload(ids=_ids(where), forget=forget))
-        case AlterVectors(add=add, drop=drop):
+        case AlterVectors(add=add, drop=drop, epoch=epoch):
             message = wire.Entry(
-                alter_vectors=wire.AlterVectors(add=encode_vectors(add), drop=drop)
+                alter_vectors=wire.AlterVectors(add=encode_vectors(add), drop=drop, epoch=epoch)
             )
         case Seal(segment=segment):
             message = wire.Entry(seal=wire.Seal(segment=segment))
@@ -128,7 +128,7 @@ def decode(data: bytes) -> LogEntry:
             return ClearPayload(_where(clear.ids), tuple(clear.forget))
         case "alter_vectors":
             alter = message.alter_vectors
-            return AlterVectors(decode_vectors(alter.add), tuple(alter.drop))
+            return AlterVectors(decode_vectors(alter.add), tuple(alter.drop), epoch=alter.epoch)
         case "seal":
             return Seal(message.seal.segment)
         case "merge":
@@ -175,7 +175,7 @@ def is_empty(entry: LogEntry) -> bool:
     """Whether it changes nothing, whatever there is: then it need not be logged."""
     match entry:
         case AlterVectors():
-            return not entry.add and not entry.drop
+            return not entry.add and not entry.drop and not entry.epoch
         case Seal() | Merge():
             return False
         case Upsert(points=points) | UpdateVectors(points=points):

@@ -86,7 +86,8 @@ class Manifest(BaseModel):
     term: of the entries that a shard without other replicas writes. segments: ascending by id.
     merges: pending ones of entries up to the checkpoint, in their order.
     added, dropped: how the vectors of the shard at the checkpoint differ from those that it was
-    created with. Added ones in their order; one that was dropped and added again is in both."""
+    created with. Added ones in their order; one that was dropped and added again is in both.
+    epoch: of the vectors by then."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -101,6 +102,7 @@ class Manifest(BaseModel):
     merges: tuple[PendingMerge, ...] = ()
     added: dict[str, AddedVector] = Field(default={})
     dropped: tuple[str, ...] = ()
+    epoch: int = 0
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -32,11 +32,13 @@ from shoal.errors import (
     StorageFull,
     TimedOut,
     Unavailable,
+    VectorsChanged,
 )
 from shoal.index_api import IndexBuilder
 from shoal.metadata.keeper import boottime_s
 from shoal.settings import StorageSettings
 from shoal.storage_api import (
+    AlterVectors,
     Guard,
     ReplicaStatus,
     ShardInfo,
@@ -140,6 +142,7 @@ class Shard:
         self._replication: Replication | None = None
         self._queue: deque[_Pending] = deque()
         self._queued_bytes = 0
+        self._epoch = 0  # of the vectors, by changes that are on their way to the log
         self._wake = asyncio.Event()  # the queue has something
         self._waiting: deque[_Waiting] = deque()
         self._to_apply: deque[Entry] = deque()  # committed, not yet applied
@@ -396,6 +399,19 @@ class Shard:
                 "was written"
             )
 
+    def _check_epoch(self, op: LogEntry) -> None:
+        """A change of the vectors counts from when it is on its way to the log: what is logged after it
+        is never older. Raises VectorsChanged."""
+        if isinstance(op, Seal | Merge):
+            return
+        if isinstance(op, AlterVectors):
+            self._epoch = max(self._epoch, op.epoch)
+        elif op.epoch < max(self._epoch, self.state.spec.epoch):
+            raise VectorsChanged(
+                f"the vectors of collection {self.spec.collection!r} are being changed, and this write "
+                "was made before; nothing was written: try again"
+            )
+
     def _enqueue(self, op: LogEntry, size: int) -> asyncio.Future[WriteResult]:
         pending = _Pending(op, size, self.term, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
@@ -445,8 +461,8 @@ class Shard:
         """Put the writes in the log. Returns when the next group may follow: this one is on our own
         disk then, so that whatever came meanwhile shares the next fsync."""
         first = group[0].op
-        if isinstance(first, Seal | Merge) or ShardState.asks(first):
-            await self._all_applied()
+        if isinstance(first, Seal | Merge) or ShardState.asks(first) or self._lags():
+            await self._all_applied()  # also what an earlier primary was told of the vectors
         accepted: list[tuple[asyncio.Future[WriteResult], LogEntry]] = []
         term = self.term
         for pending in group:
@@ -455,6 +471,7 @@ class Shard:
                 continue  # nobody waits for it any more, and nothing was written
             try:
                 self._check_term(pending.term)
+                self._check_epoch(op)
                 parts = [op] if isinstance(op, Seal | Merge) else self.state.resolve(op)
             except ShoalError as error:
                 _fail(pending.done, error)

@@ -60,7 +60,7 @@ def resolve_alter(spec: ShardSpec, op: AlterVectors) -> AlterVectors:
             f"Wrong input: {count} vectors would be stored for each point, "
             f"{limits.SHARD_VECTORS_MAX} are allowed: drop some first"
         )
-    return AlterVectors(add, drop)
+    return AlterVectors(add, drop, epoch=op.epoch if op.epoch > spec.epoch else 0)
 
 
 def altered(spec: ShardSpec, entry: AlterVectors, sequence: int) -> ShardSpec:
@@ -68,12 +68,18 @@ def altered(spec: ShardSpec, entry: AlterVectors, sequence: int) -> ShardSpec:
     dense = {name: vector for name, vector in spec.dense.items() if name not in entry.drop}
     since = {name: number for name, number in spec.since.items() if name in dense}
     added = {name: vector for name, vector in entry.add.items() if name not in dense}
-    return replace(spec, dense=dense | added, since=since | dict.fromkeys(added, sequence))
+    return replace(
+        spec,
+        dense=dense | added,
+        since=since | dict.fromkeys(added, sequence),
+        epoch=max(spec.epoch, entry.epoch),
+    )
 
 
 def changes(created: ShardSpec, spec: ShardSpec) -> dict[str, object]:
     """Fields of a Manifest: what became of the vectors that the shard was created with."""
     return {
+        "epoch": spec.epoch,
         "added": {
             name: AddedVector(since=since, **asdict(spec.dense[name]))
             for name, since in spec.since.items()
@@ -89,4 +95,4 @@ def as_of(created: ShardSpec, manifest: Manifest) -> ShardSpec:
     kept = {name: v for name, v in created.dense.items() if name not in manifest.dropped}
     added = {name: vector.spec() for name, vector in manifest.added.items()}
     since = {name: vector.since for name, vector in manifest.added.items()}
-    return replace(created, dense=kept | added, since=since)
+    return replace(created, dense=kept | added, since=since, epoch=manifest.epoch)

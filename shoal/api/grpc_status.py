@@ -9,7 +9,8 @@
     NotSupported                            UNIMPLEMENTED
     TimedOut                                DEADLINE_EXCEEDED
     ShardStopped                            FAILED_PRECONDITION
-    Unavailable, NotPrimary, Stale          UNAVAILABLE
+    Unavailable, NotPrimary, Stale,
+    VectorsChanged                          UNAVAILABLE
     a bug                                   INTERNAL
 
 The status is for programs that know gRPC only. What it cannot say (which error it is, whether a write
@@ -55,6 +56,7 @@ _CODES: dict[type[ShoalError], grpc.StatusCode] = {
     errors.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.ShardStopped: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.VectorsChanged: grpc.StatusCode.UNAVAILABLE,
 }
 # A detail names one of these; a client that is older than the server meets names that it has not.
 _TYPES: dict[str, type[ShoalError]] = {

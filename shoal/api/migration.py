@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from shoal.api.filter import FilterField
 from shoal.api.models import Strict
-from shoal.limits import COMPARED_QUERIES_MAX, SCROLL_LIMIT_MAX
+from shoal.limits import COMPARED_QUERIES_MAX, GAIN_MAX, SCROLL_LIMIT_MAX, TEXT_BYTES_MAX
 
 __all__ = [
     "CompareQuery",
@@ -47,18 +47,23 @@ class RollbackRequest(Strict):
 
 
 class DropRequest(Strict):
-    """model: name or fingerprint of the one whose vectors are dropped, to be sure."""
+    """model: name or fingerprint of the one whose vectors are dropped, to be sure. allow_missing: also
+    while points have no other vector; those without a text keep none then."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
+    allow_missing: bool = False
 
 
 class CompareQuery(Strict):
     """relevant: point id -> gain, for nDCG; points that are not there count 0."""
 
-    text: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1, max_length=TEXT_BYTES_MAX)]
     filter: FilterField | None = None
     relevant: (
-        Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(max_length=SCROLL_LIMIT_MAX)]
+        Annotated[
+            dict[str, Annotated[float, Field(ge=0, le=GAIN_MAX)]],
+            Field(max_length=SCROLL_LIMIT_MAX),
+        ]
         | None
     ) = None
 
@@ -76,7 +81,8 @@ class CompareRequest(Strict):
 
 class MigrationStatus(BaseModel):
     """current: what the vector's name means. other: what is kept beside it. points: that have the
-    current vector; done: that have both; left: that lack the other; without_text: of these, that cannot
+    current vector; done: that have both; left: that lack the other; only_other: that lack the current
+    one, and are not found now; answers to a change count nothing. without_text: of these, that cannot
     get it. error: why the copy waits."""
 
     vector: str
@@ -88,9 +94,10 @@ class MigrationStatus(BaseModel):
     text_field: str
     points_per_second_max: float | None = None
     started_at: str
-    points: int
-    done: int
-    left: int
+    points: int | None = None
+    done: int | None = None
+    left: int | None = None
+    only_other: int | None = None
     without_text: int | None = None
     points_per_second: float | None = None
     seconds_left: float | None = None

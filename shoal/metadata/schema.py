@@ -218,7 +218,9 @@ class CollectionRecord(Record):
     """config is the creation request as it was sent; payload_schema maps a JSON path to the payload
     index that was asked for, as it was sent; models maps a vector to the model that it is bound to,
     which makes it the second form of this record; migrated maps a vector to its generations, which
-    makes it the third. Shards are made as `config` says and learn of other generations by their log."""
+    makes it the third. Shards are made as `config` says and learn of other generations by their log.
+    epoch rises whenever a write must bring, or leave, other vectors than before; shards then refuse
+    writes of an older one."""
 
     newest: ClassVar[int] = 3
 
@@ -230,6 +232,7 @@ class CollectionRecord(Record):
     payload_schema: dict[str, dict[str, JsonValue]] = {}
     models: dict[str, BoundModel] = {}
     migrated: dict[str, MigratedVector] = {}
+    epoch: int = 0
 
     @property
     def key(self) -> str:

@@ -9,6 +9,7 @@ a message that cannot be meant raises BadRequest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar, assert_never
 
@@ -315,6 +316,7 @@ def write_request(id: int, shard: ShardKey, op: Write) -> bytes:
 
 
 def _fill_write(message: pb.Write, op: Write) -> None:
+    message.epoch = op.epoch
     match op:
         case Upsert():
             op.points.fill(message.upsert.points)
@@ -357,6 +359,11 @@ def _fill_write(message: pb.Write, op: Write) -> None:
 
 
 def decode_write(message: pb.Write) -> Write:
+    op = _decode_op(message)
+    return replace(op, epoch=message.epoch) if message.epoch else op
+
+
+def _decode_op(message: pb.Write) -> Write:
     kind = message.WhichOneof("op")
     match kind:
         case "upsert":

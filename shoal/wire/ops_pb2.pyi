@@ -163,12 +163,14 @@ class ClearPayload(_message.Message):
     def __init__(self, ids: _Optional[_Union[PointIds, _Mapping]] = ..., forget: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AlterVectors(_message.Message):
-    __slots__ = ("add", "drop")
+    __slots__ = ("add", "drop", "epoch")
     ADD_FIELD_NUMBER: _ClassVar[int]
     DROP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     add: _containers.RepeatedCompositeFieldContainer[VectorSpec]
     drop: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, add: _Optional[_Iterable[_Union[VectorSpec, _Mapping]]] = ..., drop: _Optional[_Iterable[str]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, add: _Optional[_Iterable[_Union[VectorSpec, _Mapping]]] = ..., drop: _Optional[_Iterable[str]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Seal(_message.Message):
     __slots__ = ("segment",)

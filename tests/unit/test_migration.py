@@ -381,7 +381,9 @@ def test_writes_bring_both_or_leave_the_other_to_the_copy(tmp_path: Path) -> Non
         change = {"payload": {"text": "uno"}, "points": [1]}
         await world.ask("POST", f"{C}/points/payload", change)
         assert (await world.stored())[1] == {old: vector_of("org/old", "one")}
-        await world.ask("POST", M, START)
+        await world.ask("POST", M, START)  # says nothing of the rate
+        assert (await world.ask("GET", M))["points_per_second_max"] == 0
+        await world.ask("POST", M, START | {"points_per_second": None})
         await world.until(lambda s: s["left"] == 1)
         assert (await world.stored())[1][new] == vector_of("org/new", "uno")
         assert (await world.stored())[2][new] == vector_of("org/new", "again")

@@ -83,7 +83,7 @@ def test_a_rate_that_changes_at_the_last_moment_is_heard(
             await tell(self, error)
             calls += self._progress.copied > 0
             if calls == 2:  # the first is after a page, the second before the wait for the next
-                await world.ask("POST", M, START)
+                await world.ask("POST", M, START | {"points_per_second": None})
 
         monkeypatch.setattr(copier._Carrying, "tell", telling)
         await world.ask("POST", M, START | {"points_per_second": 1e-6})

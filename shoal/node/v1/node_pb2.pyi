@@ -296,7 +296,7 @@ class AlterVectors(_message.Message):
     def __init__(self, add: _Optional[_Iterable[_Union[_ops_pb2.VectorSpec, _Mapping]]] = ..., drop: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Write(_message.Message):
-    __slots__ = ("upsert", "update_vectors", "delete", "delete_vectors", "set_payload", "overwrite_payload", "delete_payload", "clear_payload", "alter_vectors")
+    __slots__ = ("upsert", "update_vectors", "delete", "delete_vectors", "set_payload", "overwrite_payload", "delete_payload", "clear_payload", "alter_vectors", "epoch")
     UPSERT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_VECTORS_FIELD_NUMBER: _ClassVar[int]
     DELETE_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +306,7 @@ class Write(_message.Message):
     DELETE_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CLEAR_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     ALTER_VECTORS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     upsert: Upsert
     update_vectors: UpdateVectors
     delete: Delete
@@ -315,7 +316,8 @@ class Write(_message.Message):
     delete_payload: DeletePayload
     clear_payload: ClearPayload
     alter_vectors: AlterVectors
-    def __init__(self, upsert: _Optional[_Union[Upsert, _Mapping]] = ..., update_vectors: _Optional[_Union[UpdateVectors, _Mapping]] = ..., delete: _Optional[_Union[Delete, _Mapping]] = ..., delete_vectors: _Optional[_Union[DeleteVectors, _Mapping]] = ..., set_payload: _Optional[_Union[SetPayload, _Mapping]] = ..., overwrite_payload: _Optional[_Union[OverwritePayload, _Mapping]] = ..., delete_payload: _Optional[_Union[DeletePayload, _Mapping]] = ..., clear_payload: _Optional[_Union[ClearPayload, _Mapping]] = ..., alter_vectors: _Optional[_Union[AlterVectors, _Mapping]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, upsert: _Optional[_Union[Upsert, _Mapping]] = ..., update_vectors: _Optional[_Union[UpdateVectors, _Mapping]] = ..., delete: _Optional[_Union[Delete, _Mapping]] = ..., delete_vectors: _Optional[_Union[DeleteVectors, _Mapping]] = ..., set_payload: _Optional[_Union[SetPayload, _Mapping]] = ..., overwrite_payload: _Optional[_Union[OverwritePayload, _Mapping]] = ..., delete_payload: _Optional[_Union[DeletePayload, _Mapping]] = ..., clear_payload: _Optional[_Union[ClearPayload, _Mapping]] = ..., alter_vectors: _Optional[_Union[AlterVectors, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class WriteResult(_message.Message):
     __slots__ = ("sequence", "missing")
