@@ -133,6 +133,8 @@ def copy(migrate: Migrate, load: Load) -> None:
     load.go_on()
     assert load.answered_by(began) == {"old"}
     migrate.start(points_per_second=5_000)
+    migrate.until(lambda s: s["left"] < POINTS // 4, *load.clients)
+    load.go_on()  # payloads change beside the copy
     load.write("old", "new", retexts=False)
     migrate.until(lambda s: s["left"] == 0, *load.clients)
     compared = migrate.ask("compare", {"limit": 5, "exact": True})
