@@ -144,6 +144,7 @@ class Shard:
         self._queued_bytes = 0
         self._epoch = 0  # of the vectors, by changes that are on their way to the log
         self._wake = asyncio.Event()  # the queue has something
+        self._found = 0  # the end of the log that was on the disk; 0 once all of that is applied
         self._waiting: deque[_Waiting] = deque()
         self._to_apply: deque[Entry] = deque()  # committed, not yet applied
         self._to_apply_bytes = 0
@@ -176,6 +177,7 @@ class Shard:
             return
         self.state = recovered.state
         self._upkeep.open(recovered)
+        self._found = 0 if alone else self._log.next_sequence - 1
         replica = Replica(
             self._membership.node,
             incarnation=secrets.randbits(63),
@@ -326,8 +328,19 @@ class Shard:
             self.state.applied >= guard.min_applied
             and self._replication is not None
             and self._in_sync()
+            and self._knows_itself()
             and not (guard.strong and (self._lags() or not self._replication.lease_held))
         )
+
+    def _knows_itself(self) -> bool:
+        """Whether all that was answered before this replica was opened is applied. It is in the log that
+        was found, of which nobody knows how much was committed before the primary says so; and a
+        coordinator that was restarted, too, asks for nothing in particular."""
+        if self._found and self._replication is not None:
+            if self.state.applied < min(self._found, self._replication.replica.last):
+                return False
+            self._found = 0
+        return True
 
     def _lags(self) -> bool:
         """Whether this primary has not yet applied all that earlier ones may have answered for."""
@@ -358,6 +371,11 @@ class Shard:
             raise NotPrimary(
                 f"the replica of shard {self.spec.key.shard} on {self._membership.node} is not the "
                 "primary, or has not heard from all in-sync replicas for a moment"
+            )
+        if self._found:
+            raise Stale(
+                f"the replica of shard {self.spec.key.shard} on {self._membership.node} was started a "
+                "moment ago and has not heard from a primary yet how much of its log is committed"
             )
         raise Stale(
             f"the replica of shard {self.spec.key.shard} on {self._membership.node} has applied "

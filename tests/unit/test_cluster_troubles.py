@@ -12,7 +12,15 @@ import pytest
 from small_cluster import KEY, World, points, world
 
 from shoal import limits
-from shoal.errors import BadRequest, NotPrimary, ShoalError, StorageFull, TimedOut, Unavailable
+from shoal.errors import (
+    BadRequest,
+    NotPrimary,
+    ShoalError,
+    Stale,
+    StorageFull,
+    TimedOut,
+    Unavailable,
+)
 from shoal.files_api import FileSnapshot
 from shoal.index_api import BuildJob
 from shoal.metadata.contract import Uncertain
@@ -374,5 +382,27 @@ def test_a_write_that_nobody_waits_for_is_not_done_when_its_turn_comes(tmp_path:
             write.cancel()
             await w.write("a", 3)
             assert await w.found("a", [1, 2, 3]) == {1: 1.0, 3: 1.0}
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_was_restarted_answers_from_no_past(tmp_path: Path) -> None:
+    """Its files are older than its log, and it does not know how much of that was committed. When
+    everything was restarted no coordinator knows what to ask for."""
+
+    async def main() -> None:
+        async with world(tmp_path, seal_bytes=65_536) as w:
+            await many(w)
+            await w.until(lambda: not w.shard("b").state.checkpoints, "segments on disk")
+            await w.write("a", 1, value=7.0)
+            for name in "abc":
+                await w.stop(name)
+            await w.start("b")
+            with pytest.raises(Stale, match="started a moment ago"):
+                await w.found("b", [1])
+            await w.start("a")
+            await w.start("c")
+            await w.until(lambda: w.shard("b").may_answer(Guard()), "b to hear from a")
+            assert await w.found("b", [1]) == {1: 7.0}
 
     asyncio.run(main())
