@@ -55,7 +55,7 @@ from shoal.metadata.schema import (
     migration_key,
 )
 from shoal.ranking import Interval, bootstrap_mean, ndcg, overlap
-from shoal.storage_api import Hits, Read
+from shoal.storage_api import Hits, Read, ShardInfo
 from shoal.vectors import Datatype
 
 __all__ = ["UNNAMED", "Migrations", "advanced", "migration_of"]
@@ -67,20 +67,27 @@ _SEARCHES_AT_ONCE = 8
 _SEED = 1  # of the bootstrap: the same answers give the same interval
 
 Search = Callable[[Collection, Query, Read], Awaitable[Hits]]
+Infos = Callable[[Collection], Awaitable[list[ShardInfo]]]
 Count = Callable[[Collection, Filter | None, Read], Awaitable[int]]
 
 
 class Migrations:
     """Of the collections of one catalog.
 
-    search, count  as the coordinator does them.
+    search, count, infos  as the coordinator does them.
     """
 
     def __init__(
-        self, catalog: Catalog, store: MetadataStore, texts: Texts, search: Search, count: Count
+        self,
+        catalog: Catalog,
+        store: MetadataStore,
+        texts: Texts,
+        search: Search,
+        count: Count,
+        infos: Infos,
     ) -> None:
         self._catalog, self._store, self._texts = catalog, store, texts
-        self._search, self._count = search, count
+        self._search, self._count, self._infos = search, count, infos
         self._recorded: dict[tuple[int, str], OrderedDict[str, Filter | None]] = {}
         self._comparing = False
 
@@ -231,7 +238,9 @@ class Migrations:
                     "would not be found: wait until `left` is 0, or, if they have no text, send "
                     '`{"allow_missing": true}`'
                 )
-        return await self._exchange(collection, vector, switched=True)
+        return await self._exchange(
+            collection, vector, await self._floor(collection), switched=True
+        )
 
     async def rollback(self, collection: Collection, vector: str) -> MigrationStatus:
         """The vector's name means the model that it had before the switch."""
@@ -242,10 +251,13 @@ class Migrations:
             )
         if under_way.phase is not MigrationPhase.COPYING:
             raise _not_ready(under_way.phase)
-        return await self._exchange(collection, vector, switched=False)
+        return await self._exchange(collection, vector, (), switched=False)
+
+    async def _floor(self, collection: Collection) -> tuple[int, ...]:
+        return tuple([info.applied for info in await self._infos(collection)])
 
     async def _exchange(
-        self, collection: Collection, vector: str, *, switched: bool
+        self, collection: Collection, vector: str, floor: tuple[int, ...], *, switched: bool
     ) -> MigrationStatus:
         def change(record: CollectionRecord) -> CollectionRecord | None:
             found = _under_way(record, collection, vector)
@@ -269,7 +281,7 @@ class Migrations:
         current = collection.record.migrated[vector].current.model
         _check_named(under_way.other.model, current, request.model, known)
         pair = collection.pairs[vector]
-        if pair.second is not None and under_way.switched and not request.allow_missing:
+        if pair.second is not None and not request.allow_missing:
             left = await self._count_stored(collection, missing(pair.second, pair.given))
             if left:
                 raise BadRequest(
@@ -477,11 +489,14 @@ def _with(
     current: Generation,
     last: int,
     migration: Migration | None,
+    floor: tuple[int, ...] | None = None,
     *,
     new_epoch: bool = False,
 ) -> CollectionRecord:
-    """new_epoch: from here on writes must bring, or leave, other vectors."""
-    migrated = MigratedVector(current=current, last=last, migration=migration)
+    """floor: None leaves it. new_epoch: from here on writes must bring, or leave, other vectors."""
+    if floor is None:
+        floor = record.migrated[vector].floor if vector in record.migrated else ()
+    migrated = MigratedVector(current=current, last=last, floor=floor, migration=migration)
     return record.model_copy(
         update={
             "version": 3,

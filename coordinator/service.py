@@ -138,7 +138,9 @@ class Coordinator:
         self.catalog = Catalog(store, storage, settings, local_node)
         self.texts = Texts(encoder, self.catalog.set_fingerprint)
         self.catalog.models = self.models
-        self.migrations = Migrations(self.catalog, store, self.texts, self.search, self.count)
+        self.migrations = Migrations(
+            self.catalog, store, self.texts, self.search, self.count, self.infos
+        )
         self._copier = Copier(
             self.catalog,
             store,
@@ -185,6 +187,8 @@ class Coordinator:
             collection = self.texts.seen_by(collection, query.using, query.text.model)
             to = collection.fields.dense[query.using]
         pairs = collection.pairs
+        if pairs:
+            read = _at_least(read, collection)
         search = Search(
             using=pairs[query.using].given.name if query.using in pairs else query.using,
             vector=await self._query_vector(collection, query, to, read),
@@ -490,6 +494,19 @@ def _searched(fields: VectorFields, using: str) -> VectorField:
             "Shoal"
         )
     return to
+
+
+def _at_least(read: Read, collection: Collection) -> Read:
+    """A replica may not have the last vectors that a migration has made yet; the switch waited for
+    them."""
+    floors = [vector.floor for vector in collection.record.migrated.values() if vector.floor]
+    if not floors:
+        return read
+    seen = {
+        shard: max(read.token.get(shard, 0), *(floor[shard.shard] for floor in floors))
+        for shard in collection.shards
+    }
+    return replace(read, token={**read.token, **seen})
 
 
 def _known(wanted: bool | tuple[str, ...], collection: Collection) -> bool | tuple[str, ...]:

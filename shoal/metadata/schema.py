@@ -205,12 +205,15 @@ class Migration(BaseModel):
 
 class MigratedVector(BaseModel):
     """A vector whose model is being changed, or was. current: what its name means to clients.
-    last: the highest number that a generation of it ever had, since none is used twice."""
+    last: the highest number that a generation of it ever had, since none is used twice. floor: for each
+    shard how far its log was when the current one was chosen: a read must see at least that, since the
+    last vectors may just have been made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     current: Generation
     last: int
+    floor: tuple[int, ...] = ()
     migration: Migration | None = None
 
 
