@@ -199,11 +199,6 @@ BUGS = (
         "            continue\n",
     ),
     bug(
-        "a lease is given back by a primary that still waits for another one",
-        "        if was_primary and now >= self._granted_until:\n",
-        "        if was_primary:\n",
-    ),
-    bug(
         "a lease that is given back ends all others",
         "self._grants.pop(message.term, None)",
         "self._grants.clear()",
