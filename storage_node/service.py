@@ -96,6 +96,7 @@ class NodeServer:
         self._health = health.HealthServicer()
         self._sessions: set[_Session] = set()
         self._closing = False
+        self._hearing: set[asyncio.Task[None]] = set()  # calls of other replicas' buses
         self._complaints = Complaints()  # about messages of other replicas
         self.work: set[asyncio.Task[None]] = set()  # requests being answered
         self.port = 0
@@ -158,6 +159,8 @@ class NodeServer:
         await asyncio.gather(*self.work, return_exceptions=True)
         for session in self._sessions:
             session.end()
+        for hearing in self._hearing:
+            hearing.cancel()
         await self._server.stop(_STOP_S)
 
     def refusal(self) -> ShoalError | None:
@@ -301,15 +304,28 @@ class NodeServer:
         if deliver is None:
             await _abort(context, NotSupported(f"storage node {self._node_id} has no replicas"))
         await context.send_initial_metadata(node_metadata(self._node_id))
+        hearing = asyncio.ensure_future(self._hear(batches, deliver))
+        self._hearing.add(hearing)
+        try:
+            await asyncio.wait([hearing])  # it is cancelled when this node stops
+        finally:
+            self._hearing.discard(hearing)
+            hearing.cancel()
+            # How the call broke is the sender's business, who makes a new one.
+            await asyncio.gather(hearing, return_exceptions=True)
+        return pb.ReplicateReply()
+
+    async def _hear(
+        self,
+        batches: AsyncIterator[pb.ReplicaMessages],
+        deliver: Callable[[ReplicaMessage], None],
+    ) -> None:
         async for batch in batches:
             for message in batch.messages:
                 try:
                     deliver(message)
                 except Exception as error:  # as if lost on the way: no other shard is to suffer
                     self._drop(message, error)
-            if self._closing:
-                break
-        return pb.ReplicateReply()
 
     def _drop(self, message: ReplicaMessage, error: Exception) -> None:
         count = self._complaints.dropped(message.sender, time.monotonic())

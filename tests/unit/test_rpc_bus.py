@@ -22,6 +22,7 @@ from shoal.rpc.channel import RpcSettings
 from shoal.rpc.client import NodeClient
 from shoal.rpc.directory import Nodes
 from shoal.storage_api import ShardKey
+from storage_node import service
 from storage_node.service import NodeServer, serve_node
 from storage_node.unread import Complaints
 
@@ -141,6 +142,17 @@ def test_complaints_are_counted_and_told_once_a_minute(monkeypatch):
     monkeypatch.setattr(limits, "COMPLAINT_PEERS_MAX", 2)
     assert [complaints.dropped(f"x{n}", 61.0) for n in range(3)] == [1, 1, 1]
     assert complaints.total == 10
+
+
+@in_loop
+async def test_a_node_that_stops_waits_for_no_bus(monkeypatch):
+    """Buses of others stay open for ever."""
+    monkeypatch.setattr(service, "_STOP_S", 600.0)
+    async with pair() as (bus, peer, _):
+        await send_until_heard(bus, peer, 1)
+        async with asyncio.timeout(30):
+            await peer.stop()
+            await until(lambda: not bus.connected("s2"))
 
 
 @in_loop
