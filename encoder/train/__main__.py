@@ -35,6 +35,9 @@ def as_process(work: Callable[[], int]) -> int:
         rank = os.environ.get("RANK", "0")
         sys.stderr.write(f"shoal: Process {rank} lost the others: {_short(error)}\n")
         return 1
+    except OSError as error:  # only this process may have met it, so it cannot speak for all
+        sys.stderr.write(f"shoal: {error}.\n")
+        return 1
     if EXIT_STATUS_FILE in os.environ and os.environ.get("RANK") == "0":
         Path(os.environ[EXIT_STATUS_FILE]).write_text(str(status), encoding="ascii")
     return 0
