@@ -288,7 +288,8 @@ class _Carrying:
 
     async def catch_up(self) -> None:
         """Shards know of a later record than we do."""
-        await self._catalog.reread(self._name)
+        with contextlib.suppress(ShoalError):  # the watch will tell
+            await self._catalog.reread(self._name)
         await asyncio.sleep(_CATCH_UP_S)
 
     # -- copying ----------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ __all__ = [
     "pair_of",
     "pairs_of",
     "public_points",
+    "renewed",
     "stored_filter",
     "stored_names",
     "stored_write",
@@ -343,6 +344,58 @@ def stored_write(write: Write, pairs: Pairs) -> Write:
         return write
     where = replace(write.where, filter=stored_filter(write.where.filter, pairs))
     return replace(write, where=where)
+
+
+def renewed(write: Write, record: CollectionRecord, pairs: Pairs) -> list[Write] | None:
+    """A write that a shard has refused because it was prepared under an earlier record, for this one:
+    the same vectors, as far as they are kept, and what goes with them taken away anew. What it does
+    not bring the background copy makes, as for a write that came a moment earlier. None when a point
+    would be left without any of its vectors: then the request must be read again."""
+    match write:
+        case Upsert() | UpdateVectors():
+            points = _kept(write.points, record, pairs)
+            if points is None:
+                return None
+            write = replace(write, points=points, epoch=record.epoch)
+            return [write] if isinstance(write, Upsert) else [*updates_of(write, pairs)]
+        case DeleteVectors():
+            names = dict.fromkeys(write.names)
+            for vector, pair in pairs.items():
+                if not names.keys().isdisjoint(_ever(vector, record)):
+                    names |= dict.fromkeys(pair.stored())
+            write = replace(write, names=tuple(names))
+        case SetPayload() | OverwritePayload() | DeletePayload() | ClearPayload():
+            write = replace(write, forget=_stale(write, pairs))
+        case Delete() | AlterVectors():
+            pass
+        case _:
+            assert_never(write)
+    return [replace(write, epoch=record.epoch)]
+
+
+def _ever(vector: str, record: CollectionRecord) -> list[str]:
+    """Every name that its generations were ever stored under."""
+    return [stored_name(vector, number) for number in range(record.migrated[vector].last + 1)]
+
+
+def _kept(points: PointBatch, record: CollectionRecord, pairs: Pairs) -> PointBatch | None:
+    """Without the vectors of generations that are gone. None when a row would keep none of those that
+    it brings of one family."""
+    dense = dict(points.dense)
+    for vector, pair in pairs.items():
+        had, has = np.zeros(len(points), np.bool_), np.zeros(len(points), np.bool_)
+        for name in _ever(vector, record):
+            if (block := dense.get(name)) is None:
+                continue
+            present = True if block.present is None else block.present
+            had |= present
+            if name in pair.stored():
+                has |= present
+            else:
+                del dense[name]
+        if (had & ~has).any():
+            return None
+    return points if len(dense) == len(points.dense) else replace(points, dense=dense)
 
 
 def _stale(

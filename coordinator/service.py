@@ -31,6 +31,7 @@ from coordinator.copier import Copier
 from coordinator.freshness import ANY_READ, format_token
 from coordinator.generations import (
     public_points,
+    renewed,
     stored_filter,
     stored_names,
     stored_write,
@@ -44,12 +45,14 @@ from coordinator.parse import (
     wrong_dimension,
 )
 from coordinator.requests import AnyWrite, PayloadSelection, Query, Retrieve, ScrollQuery
+from coordinator.routing import ShardGone
 from coordinator.texts import Texts
 from shoal.api.filter import Filter
 from shoal.batch import PointBatch
 from shoal.encoder_api import Embedding, Encoder, ModelInfo
-from shoal.errors import BadRequest, NotFound, ShoalError, must
+from shoal.errors import BadRequest, NotFound, ShoalError, VectorsChanged, must
 from shoal.ids import PointIds, format_id
+from shoal.limits import VECTORS_CHANGED_ATTEMPTS
 from shoal.metadata.contract import MetadataStore
 from shoal.metadata.leadership import Leadership
 from shoal.metadata.schema import (
@@ -402,9 +405,9 @@ class Coordinator:
     async def apply(self, collection: Collection, write: Write) -> Written:
         parts = _split_write(write, collection.shards)
         if len(parts) == 1:
-            results = [await self._storage.write(*parts[0])]
+            results = [await self._apply_part(collection, *parts[0])]
         else:
-            results = await _all_written([self._storage.write(*part) for part in parts])
+            results = await _all_written([self._apply_part(collection, *part) for part in parts])
         missing = _first_missing(write, results)
         if missing is not None:
             error = NotFound(f"Not found: No point with id {format_id(missing)} found")
@@ -413,6 +416,37 @@ class Coordinator:
         return Written(
             {shard: result.sequence for (shard, _), result in zip(parts, results, strict=True)}
         )
+
+    async def _apply_part(
+        self, collection: Collection, shard: ShardKey, write: Write
+    ) -> WriteResult:
+        """Of one shard. When the collection's vectors have changed since the write was prepared, it is
+        made anew for this shard: others may have applied their parts, and must not do so twice."""
+        try:
+            return await self._storage.write(shard, write)
+        except VectorsChanged as error:
+            changed = error
+        for _ in range(VECTORS_CHANGED_ATTEMPTS):
+            await self.catalog.reread(collection.name)
+            now = self.catalog.get(collection.name)
+            if now.record.id != collection.record.id:
+                raise ShardGone(shard)
+            anew = renewed(write, now.record, now.pairs)
+            if anew is None:
+                break
+            results: list[WriteResult] = []
+            try:
+                for part in anew:
+                    results.append(await self._storage.write(shard, part))
+            except VectorsChanged as error:
+                changed = error
+                if results:
+                    error.maybe_applied = True
+                    break
+            else:
+                missing = (result.missing for result in results if result.missing is not None)
+                return WriteResult(results[-1].sequence, next(missing, None))
+        raise changed
 
     def extra_requests(self) -> dict[str, int]:
         """As `Storage` counts them."""

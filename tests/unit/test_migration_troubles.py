@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -179,6 +180,80 @@ def test_bad_input_is_refused_and_changes_nothing(tmp_path: Path) -> None:
             answer = await world.http.post(path, content=content)
             assert (answer.status_code, said in answer.text) == (status, True), (body, answer.text)
             assert world.coordinator.catalog.get("c").record == before
+
+    run(tmp_path, test)
+
+
+# -- writes beside a switch -----------------------------------------------------------------------
+class Ledger:
+    """Of one writer, which writes its points one request at a time. texts: what the vectors of a point
+    may be made of: its payload's, or the text that came last."""
+
+    def __init__(self, world: World, first: int, dice: random.Random) -> None:
+        self.world, self.ids, self.dice = world, range(first, first + 12), dice
+        self.texts: dict[int, tuple[str, str]] = {}
+        self.number = 0
+
+    async def write(self) -> None:
+        """Points of all shards at once, as one operation or as several."""
+        self.number += 1
+        kind = self.dice.choice(["put", "batch", "note", "vectors", "delete"])
+        some = self.dice.sample(self.ids, 6)
+        text = f"{self.ids[0]}/{self.number}"
+        upsert = {"points": [point(k, doc(text), text=text) for k in some]}
+        note = {"payload": {"note": self.number}, "points": some}
+        if kind == "put" or len(self.texts) < len(self.ids):
+            await self.world.ask("PUT", f"{C}/points?wait=true", upsert)
+            self.texts |= dict.fromkeys(some, (text, text))
+        elif kind == "batch":
+            operations = [{"upsert": upsert}, {"set_payload": note}]
+            await self.world.ask("POST", f"{C}/points/batch", {"operations": operations})
+            self.texts |= dict.fromkeys(some, (text, text))
+        elif kind == "note":
+            await self.world.ask("POST", f"{C}/points/payload", note)
+        elif kind == "vectors":
+            body = {"points": [{"id": k, "vector": {"v": doc(text + "!")}} for k in some]}
+            await self.world.ask("PUT", f"{C}/points/vectors", body)
+            for k in some:
+                self.texts[k] = (self.texts[k][0], text + "!")
+        else:
+            await self.world.ask("POST", f"{C}/points/delete", {"points": some})
+            for k in some:
+                del self.texts[k]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_no_write_fails_beside_a_switch(tmp_path: Path, shards: int) -> None:
+    """Also one whose parts are on several shards, of which some have heard of the switch."""
+
+    async def test(world: World) -> None:
+        await world.create(shard_number=shards)
+        world.encoder.slowness = 5
+        ledgers = [Ledger(world, 100 + 12 * n, random.Random(f"{shards}/{n}")) for n in range(6)]
+        ended = asyncio.Event()
+
+        async def work(ledger: Ledger) -> None:
+            while not ended.is_set():
+                await ledger.write()
+
+        async with asyncio.TaskGroup() as group:
+            for ledger in ledgers:
+                group.create_task(work(ledger))
+            await world.ask("POST", M, START)
+            await world.until(lambda s: s["phase"] == "copying")
+            for _ in range(8):
+                await world.ask("POST", f"{M}/switch", {"allow_missing": True})
+                await asyncio.sleep(0.02)
+                await world.ask("POST", f"{M}/rollback")
+                await asyncio.sleep(0.02)
+            ended.set()
+        await world.until(lambda s: s["left"] == 0 and s["only_other"] == 0)
+        texts = {k: texts for ledger in ledgers for k, texts in ledger.texts.items()}
+        stored = await world.stored()
+        assert stored.keys() == texts.keys()
+        for k, vectors in stored.items():
+            for name, model in (("v", "org/old"), ("v\x1f1", "org/new")):
+                assert vectors[name] in [vector_of(model, text) for text in texts[k]], (k, name)
 
     run(tmp_path, test)
 
