@@ -422,7 +422,12 @@ class World:
             if name in copies:
                 node.disk.holds = True
                 node.open(fresh=True)
-            self.at(rng.random() * 0.1, node, node.learn, self.record, 0)
+            self.at(rng.random() * 0.1, node, self._first_record, node, self.record)
+
+    def _first_record(self, node: Node, record: Record) -> None:
+        node.learn(record, 0)
+        if len(self.records) > 1:  # it changed before this node began to watch
+            self._watched(node)
 
     # -- time -------------------------------------------------------------------------------------
     def at(self, delay: float, node: Node | None, action: Any, *arguments: Any) -> None:
