@@ -25,6 +25,7 @@ BENCHMARKS = {
     "shards": 1_500,
     "rpc": 300,
     "encoder": 900,
+    "migration": 900,
     "training": 7_200,
     "cluster": 900,
     "compare": 1_800,
