@@ -339,7 +339,8 @@ def measure(server: Server, report: Report, points: int, seconds: float) -> None
         disk["both"] = server.disk_bytes()
         run.steady("copied")
         compared = compare(run, corpus, glosses, held_out)
-        switched = run.migrate("switch")
+        left = run.status()["left"]
+        run.migrate("switch")
         run.steady("switched")
         run.migrate("rollback")
         run.steady("rolled back")
@@ -352,7 +353,7 @@ def measure(server: Server, report: Report, points: int, seconds: float) -> None
     server.settle(NAME)
     disk["after"] = server.disk_bytes()
     tell(report, run, disk, compared)
-    judge(report, run, Judge(server, corpus, questions), switched)
+    judge(report, run, Judge(server, corpus, questions), left)
 
 
 def compare(
@@ -420,8 +421,8 @@ def took_ms(asked: Sequence[Asked], *, text: bool) -> list[float]:
     ]
 
 
-def judge(report: Report, run: Run, judged: Judge, switched: dict[str, Any]) -> None:
-    """Which model answered whom, and when."""
+def judge(report: Report, run: Run, judged: Judge, left: int) -> None:
+    """Which model answered whom, and when. left: points without the new vector at the switch."""
     models = judged.models()
     mixed = sum(model is None for _, model in models)
     report.claim("answers that mix models", mixed, "<=", 0, f"of {len(models)} checked")
@@ -442,7 +443,7 @@ def judge(report: Report, run: Run, judged: Judge, switched: dict[str, Any]) -> 
                 meant = wanted[phase.name] if asked.question.text is not None else OLD
                 wrong += model != meant
     report.claim("answers of another model than the one meant", wrong, "<=", 0, "")
-    report.claim("points without the new vector at the switch", switched["left"], "<=", 0, "")
+    report.claim("points without the new vector at the switch", left, "<=", 0, "")
 
 
 def _more(parser: argparse.ArgumentParser) -> None:
