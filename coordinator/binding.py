@@ -41,15 +41,18 @@ def bound_models(request: CreateCollection, known: Sequence[ModelInfo]) -> dict[
             wanted[name] = params.shoal_model
     bound = {}
     for name, model in wanted.items():
-        info = _info(model, known)
-        if info is not None and info.dim != vectors[name].size:
+        weights = _weights(model, known)
+        fitting = [info for info in weights if info.dim == vectors[name].size]
+        if weights and not fitting:
             raise BadRequest(
                 f"Wrong input: the vector '{name}' has {vectors[name].size} dimensions and the model "
-                f"{info.name} makes {info.dim}"
+                f"{weights[0].name} makes {weights[0].dim}"
             )
-        full_name = info.name if info is not None else _plain(model)
+        fingerprints = {info.fingerprint for info in fitting}
         bound[name] = BoundModel(
-            model=full_name, fingerprint=info.fingerprint if info is not None else None
+            model=_full(model, known),
+            # Of several weights none is chosen by chance: the first text is refused until one is left.
+            fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
         )
     return bound
 
@@ -108,18 +111,26 @@ def means(bound: BoundModel, given: str, known: Sequence[ModelInfo]) -> bool:
     return given == bound.fingerprint or _is(bound.model, given, known)
 
 
-def _is(full_name: str, given: str, known: Sequence[ModelInfo]) -> bool:
-    info = _info(given, known)
-    return full_name == (info.name if info is not None else _plain(given))
+def _is(bound: str, given: str, known: Sequence[ModelInfo]) -> bool:
+    """Whether both names are of one model. An alias is understood while nobody serves it, too: a group
+    that is lost for a moment must not make its texts wrong ones."""
+    full_name, other = _full(bound, known), _full(given, known)
+    unknown = not _weights(given, known)
+    return full_name == other or (unknown and other == full_name.rpartition("/")[2])
 
 
-def _info(model: str, known: Sequence[ModelInfo]) -> ModelInfo | None:
-    """None for a model that nobody serves at the moment."""
+def _full(model: str, known: Sequence[ModelInfo]) -> str:
+    weights = _weights(model, known)
+    return weights[0].name if weights else _plain(model)
+
+
+def _weights(model: str, known: Sequence[ModelInfo]) -> list[ModelInfo]:
+    """Those that are served under the name; none when nobody does at the moment."""
     try:
         name = resolve_model(model, {info.name: info.aliases for info in known})
     except BadRequest:
-        return None
-    return next(info for info in known if info.name == name)
+        return []
+    return [info for info in known if info.name == name]
 
 
 def _plain(model: str) -> str:

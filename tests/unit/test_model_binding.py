@@ -11,15 +11,19 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from fakes.storage import FakeStorage
 from qdrant_client import models as qdrant
 
 from coordinator.app import create_app
+from coordinator.binding import bound_models, check_text
 from coordinator.service import Coordinator
+from shoal.api.models import CreateCollection
 from shoal.encoder_api import Embedding, ModelInfo, resolve_model, wrong_weights
-from shoal.errors import Busy, ShoalError
+from shoal.errors import BadRequest, Busy, ShoalError
 from shoal.health import Health, HealthReport
 from shoal.metadata.embedded import EmbeddedStore
+from shoal.metadata.schema import BoundModel
 from shoal.settings import CoordinatorSettings
 
 READY = HealthReport(Health.GREEN, True, True, (), (), None, 0.0)
@@ -209,6 +213,45 @@ def test_texts_that_were_cut_are_told_in_a_header(tmp_path: Path) -> None:
             assert answer.headers.get("shoal-truncated-texts") == told
 
     run(tmp_path, test)
+
+
+# -- names, with nobody and with several behind them ----------------------------------------------
+LENGTHS = ModelInfo("org/lengths", 4, 8, OLD, ("lengths",))
+BOUND = BoundModel(model="org/lengths", fingerprint=OLD)
+
+
+@pytest.mark.parametrize("given", ["org/lengths", "lengths", " Org/Lengths", "LENGTHS"])
+@pytest.mark.parametrize("known", [(), (LENGTHS,), (ModelInfo("other", 4, 8, NEW),)])
+def test_a_name_means_the_same_while_nobody_serves_it(
+    given: str, known: tuple[ModelInfo, ...]
+) -> None:
+    check_text(BOUND, "", given, known)
+    check_text(BoundModel(model="lengths"), "", given, (LENGTHS,))  # bound when nobody was there
+    with pytest.raises(BadRequest):
+        check_text(BOUND, "", "other", known)
+
+
+def test_an_alias_that_several_have_means_the_one_that_is_bound() -> None:
+    known = (LENGTHS, ModelInfo("acme/lengths", 4, 8, NEW, ("lengths",)))
+    check_text(BOUND, "", "lengths", known)
+    with pytest.raises(BadRequest):
+        check_text(BOUND, "", "acme/lengths", known)
+
+
+def test_of_several_weights_none_is_bound_by_chance() -> None:
+    request = CreateCollection.model_validate(ONE, strict=False)
+    other = ModelInfo("org/lengths", 4, 8, NEW, ("lengths",))
+    longer = ModelInfo("org/lengths", 5, 8, NEW, ("lengths",))
+    for known, fingerprint in (
+        ((LENGTHS,), OLD),
+        ((LENGTHS, other), None),
+        ((LENGTHS, longer), OLD),
+        ((longer, LENGTHS), OLD),
+    ):
+        bound = bound_models(request, known)
+        assert bound == {"": BoundModel(model="org/lengths", fingerprint=fingerprint)}
+    with pytest.raises(BadRequest, match="4 dimensions and the model org/lengths makes 5"):
+        bound_models(request, (longer,))
 
 
 # -- /v1/embeddings --------------------------------------------------------------------------------
