@@ -192,7 +192,7 @@ class Run:
 
     def start(self, bound: float | None) -> None:
         body = {"model": NEW, "text_field": "gloss", "current_model": OLD}
-        self.migrate("", body | ({} if bound is None else {"points_per_second": bound}))
+        self.migrate("", body | {"points_per_second": bound})
 
     def copy(self) -> None:
         self.start(BOUND)

@@ -608,10 +608,9 @@ class Migrate:
         said = answer.json()
         return said["result"] if status == 200 else said["status"]["error"]
 
-    def start(self, points_per_second: float | None = None, **more: Any) -> dict[str, Any]:
-        body = {"model": "new", "text_field": "text", **more}
-        if points_per_second is not None:
-            body["points_per_second"] = points_per_second
+    def start(self, points_per_second: float | None = None) -> dict[str, Any]:
+        """Or give the one under way another rate. None: no bound."""
+        body = {"model": "new", "text_field": "text", "points_per_second": points_per_second}
         result: dict[str, Any] = self.ask("", body)
         return result
 
