@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,6 +50,7 @@ __all__ = ["Advance", "Copier", "following", "missing"]
 _PAGE_FIRST = 16
 _FULL_PASS_EVERY = 16  # looks at all points, also where only those without a text seem to be left
 _CATCH_UP_S = 0.02
+_TURNS_PER_S = 10  # under a rate: who searches meanwhile waits for few texts at once
 _LOOK_S = 1.0  # between two looks at who leads
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.5, 30.0
 _FOREVER_S = 30.0  # at a rate of 0, between two looks whether the collection is there at all
@@ -373,8 +375,10 @@ class _Carrying:
 
     async def _lacking(self, shard: ShardKey, pair: Pair, start: int) -> PointBatch:
         assert pair.second is not None
+        _, migration = self._now()
+        rate = migration.points_per_second or math.inf
         wanted = Scroll(
-            limit=self._page,
+            limit=math.ceil(min(rate / _TURNS_PER_S, self._page)),
             start=start,
             filter=missing(pair.given, pair.second),
             with_payload=True,

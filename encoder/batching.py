@@ -221,11 +221,18 @@ class TokenQueue:
     def tokens(self) -> int:
         return sum(self._tokens.values())
 
+    def tokens_in(self, lane: Lane) -> int:
+        return self._tokens[lane]
+
+    def has_room(self, tokens: int, lane: Lane) -> bool:
+        """Whether a request of so many tokens would be let in."""
+        return not self._tokens[lane] or self._tokens[lane] + tokens <= self._tokens_max
+
     def offer(self, rows: Sequence[Row], lane: Lane) -> bool:
         """Queue all texts of one request; False when there is no room. A request that is alone in its
         lane is let in whatever its size, so that the bound makes no request impossible."""
         tokens = sum(len(row.token_ids) for row in rows)
-        if self._tokens[lane] and self._tokens[lane] + tokens > self._tokens_max:
+        if not self.has_room(tokens, lane):
             return False
         if rows:
             self._shares[rows[0].request_id] = _Share(lane, len(rows), tokens)

@@ -28,6 +28,10 @@ __all__ = ["Engine", "Forward", "OutOfMemory"]
 BATCH_ROWS_MAX = 128
 IDLE_S = 2.0  # between heartbeats to processes that wait for work
 RETRY_AFTER_S_MAX = 60.0
+TELLING_TOKENS_MIN = 256  # a smaller batch says little of what a token costs
+WAIT_S_MAX = (
+    30.0  # what is expected to wait longer is refused: its caller would not wait for the answer
+)
 
 _log = logger("encoder")
 
@@ -78,7 +82,7 @@ class Engine:
         self._closing = False
         self._failure: ShoalError | None = None
         self._ids = itertools.count(1)
-        self._seconds_per_token = 0.0003  # smoothed; for retry_after_s
+        self._seconds_per_token = 0.0003  # smoothed
         self.texts_total = self.batches_total = self.splits_total = 0
         self.busy_s_total = 0.0
         self._thread = threading.Thread(target=self._run, name="encoder-engine", daemon=True)
@@ -99,13 +103,30 @@ class Engine:
         request = _Request(Future(), vectors)
         rows = [Row(number, place, ids) for place, ids in enumerate(token_ids)]
         with self._wake:
-            if self._failure is not None:
-                raise type(self._failure)(self._failure.message)
-            if not self._queue.offer(rows, lane):
+            self._check_open()
+            if self._is_late(lane) or not self._queue.offer(rows, lane):
                 raise self._busy()
             self._requests[number] = request
             self._wake.notify()
         return number, request.future
+
+    def check_room(self, tokens: int, lane: Lane) -> None:
+        """Raises what `submit` would for so many tokens, before they are cut out of texts."""
+        with self._wake:
+            self._check_open()
+            if self._is_late(lane) or not self._queue.has_room(tokens, lane):
+                raise self._busy()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(self._failure.message)
+
+    def _is_late(self, lane: Lane) -> bool:
+        """Queries take turns with imports, so that an import waits for both."""
+        tokens = self._queue.tokens_in(lane) * (2 if lane is Lane.INTERACTIVE else 1)
+        if lane is Lane.BULK:
+            tokens += self._queue.tokens_in(Lane.INTERACTIVE)
+        return tokens * self._seconds_per_token > WAIT_S_MAX
 
     def _busy(self) -> Busy:
         texts, tokens = self.waiting
@@ -171,7 +192,8 @@ class Engine:
             return
         took = time.perf_counter() - started
         tokens = sum(len(row.token_ids) for row in rows)
-        self._seconds_per_token += 0.1 * (took / tokens - self._seconds_per_token)
+        if tokens >= TELLING_TOKENS_MIN:
+            self._seconds_per_token += 0.1 * (took / tokens - self._seconds_per_token)
         self.busy_s_total += took
         self.batches_total += 1
         self.texts_total += len(rows)

@@ -54,7 +54,9 @@ def run_group(settings: EncoderProcess) -> None:
     except ImportError as error:
         raise StartupError(f"The package {error.name!r} is missing; {INSTALL_HINT}") from error
     # A process that ends is told by the hub, in our words; the agent would add its own traceback.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name_of_logger in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name_of_logger.startswith("torch.distributed.elastic"):
+            logging.getLogger(name_of_logger).setLevel(logging.CRITICAL)
     logging.getLogger("torch.multiprocessing").setLevel(logging.ERROR)
     size = settings.tp * settings.pp
     _log.info("rank_group_starts", model=name, tp=settings.tp, pp=settings.pp)

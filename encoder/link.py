@@ -24,11 +24,13 @@ from pathlib import Path
 from encoder.liveness import BEAT_S, Beat, Liveness
 from shoal.telemetry import logger
 
-__all__ = ["LINK_VARIABLE", "PARENT_VARIABLE", "Hub", "Link", "Work"]
+__all__ = ["LINK_VARIABLE", "PARENT_VARIABLE", "TICK_S", "Hub", "Link", "Work"]
 
 LINK_VARIABLE = "SHOAL_RANK_LINK"  # the path of the parent's socket
 PARENT_VARIABLE = "SHOAL_RANK_PARENT"  # its pid
 LINE_BYTES_MAX = 65_536
+STALL_S_MAX = 5.0  # of the loop of rank 0; on a busy machine it may be late
+TICK_S = 0.2
 
 _log = logger("encoder")
 
@@ -195,11 +197,21 @@ def _at_work(pid: int) -> bool:
 
 
 class Work:
-    """What the computing thread does at the moment, for the beats. Written by that thread alone."""
+    """What the computing thread does at the moment, for the beats. Written by that thread alone, but for
+    `tick`, by which the loop that answers callers says that it is alive."""
 
     def __init__(self) -> None:
         self.ready, self.busy, self.step = False, False, 0
         self._clock: int | None = None
+        self._ticked_s: float | None = None
+
+    def tick(self) -> None:
+        self._ticked_s = time.monotonic()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the loop has stood still for so long that this process is to say nothing more."""
+        return self._ticked_s is not None and time.monotonic() - self._ticked_s > STALL_S_MAX
 
     def begin(self) -> None:
         if self._clock is None:
@@ -251,7 +263,8 @@ class Link:
         why = "the parent of the rank group is gone"
         try:
             while not self._ended.is_set():
-                self._send(asdict(self._work.beat(self._rank)))
+                if not self._work.stalled:
+                    self._send(asdict(self._work.beat(self._rank)))
                 try:
                     said = self._connection.recv(LINE_BYTES_MAX)
                 except TimeoutError:

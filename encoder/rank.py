@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from encoder.engine import Engine, OutOfMemory
 from encoder.families import family_of
-from encoder.link import LINK_VARIABLE, PARENT_VARIABLE, Link, Work
+from encoder.link import LINK_VARIABLE, PARENT_VARIABLE, TICK_S, Link, Work
 from encoder.model import (
     PROBE_COSINE_MIN,
     PROBE_TEXTS,
@@ -152,7 +152,11 @@ class Member:
         verdict = torch.tensor(int(cosine >= PROBE_COSINE_MIN), device=self.device)
         dist.broadcast(verdict, 0)
         if not int(verdict):
-            _log.warning("bfloat16_too_coarse", cosine=cosine, wanted=PROBE_COSINE_MIN)
+            if self.rank == 0:
+                kept = wanted == "bfloat16"
+                _log.warning(
+                    "bfloat16_too_coarse", cosine=cosine, wanted=PROBE_COSINE_MIN, kept=kept
+                )
             if wanted == "auto":
                 self.model = self._build(autocast=False)
 
@@ -276,7 +280,8 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
         settings.grpc_host, settings.grpc_port, process.tls, [service.handlers()]
     )
     stack.push_async_callback(server.close)
-    stack.push_async_callback(service.finish, min(settings.shutdown_grace_s, 10.0))
+    stack.push_async_callback(service.finish, settings.shutdown_grace_s)
+    process.stop.call(lambda at_once: service.hurry() if at_once else None)
     facts = EncoderFacts(
         model=info.name,
         aliases=list(info.aliases),
@@ -287,6 +292,8 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
         tp=settings.tp,
         pp=settings.pp,
     )
+    ticking = asyncio.create_task(_tick(member.work), name="tick")
+    stack.callback(ticking.cancel)
     member.work.ready = True
     await process.register(grpc=server.port, encoder=facts)
     process.announce(grpc=server.port, pid=int(os.environ[PARENT_VARIABLE]))
@@ -298,6 +305,12 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
         precision=member.precision,
     )
     await process.run_until_stopped()
+
+
+async def _tick(work: Work) -> None:
+    while True:
+        work.tick()
+        await asyncio.sleep(TICK_S)
 
 
 def _describe(reply: pb.StatusReply, settings: EncoderProcess, member: Member) -> None:
@@ -362,9 +375,10 @@ def _live() -> int:
         )
     except OSError:  # the parent ended meanwhile
         return EXIT_BROKEN
-    if rank:  # the parent's signal is for rank 0, which tells the others when it is done
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent's signal is for rank 0, which tells the others when it is done. While it is still being
+    # loaded it just ends, and they see that.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if rank else signal.SIG_DFL)
     try:
         member = Member(settings, work)
         # What is here now stays: a collection that walked all of it would hold everybody for long.

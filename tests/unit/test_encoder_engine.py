@@ -14,6 +14,7 @@ from fakes.encoder_groups import DIM, INFO, Group, Lengths, client, engine_over,
 
 from encoder.batching import Lane
 from shoal.errors import BadRequest, Busy, InvariantError, NotSupported, Unavailable
+from shoal.rpc import encoder as rpc
 from shoal.rpc.encoder import EncoderClient
 
 
@@ -179,6 +180,49 @@ def test_another_group_takes_over_when_one_is_lost_or_busy() -> None:
             assert (await encoder.embed(["still here"], "len"))[0, 0] == 2
 
     run(scenario())
+
+
+def test_many_texts_are_asked_for_in_parts_over_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "CHUNK_TEXTS", 10)
+
+    async def scenario() -> None:
+        async with group("e1") as one, group("e2") as two, client(one, two) as encoder:
+            texts = ["a " * (1 + n % 11) for n in range(43)]
+            said = await encoder.encode(texts, "len")
+            assert said.vectors[:, 0].tolist() == [min(8, 1 + n % 11) for n in range(43)]
+            assert said.truncated.tolist() == [1 + n % 11 > 8 for n in range(43)]
+            assert said.tokens.shape == (43,)
+            assert one.engine.texts_total + two.engine.texts_total == 43
+            assert min(one.engine.texts_total, two.engine.texts_total) >= 10
+            assert encoder.models()[0].texts_total == 43
+            one.engine.fail(Unavailable("a process is lost"))
+            two.engine.fail(Unavailable("a process is lost"))
+            with pytest.raises(Unavailable, match="a process is lost"):
+                await encoder.encode(texts, "len")
+
+    run(scenario())
+
+
+def test_what_would_wait_too_long_is_refused_before_it_is_tokenized() -> None:
+    engine, _ = engine_over(Lengths())
+    engine._seconds_per_token = 1.0  # of a slow machine
+    model = engine._model
+    model.gate.clear()  # type: ignore[attr-defined]
+    engine.submit(ids(5), Lane.BULK)
+    assert model.at_work.wait(30)  # type: ignore[attr-defined]
+    engine.submit(ids(40), Lane.BULK)
+    for refused in (
+        lambda: engine.submit(ids(1), Lane.BULK),
+        lambda: engine.check_room(1, Lane.BULK),
+    ):
+        with pytest.raises(Busy) as caught:
+            refused()
+        assert caught.value.retry_after_s >= 30
+    engine.check_room(1, Lane.INTERACTIVE)
+    _, query = engine.submit(ids(1), Lane.INTERACTIVE)
+    model.gate.set()  # type: ignore[attr-defined]
+    assert query.result(30)[0, 0] == 1
+    engine.close(Unavailable("end"))
 
 
 def test_when_all_groups_are_lost_the_error_may_be_retried() -> None:

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
+from encoder import link
 from encoder.batching import Lane, Row, TokenQueue, halves
+from encoder.link import Work
 from encoder.liveness import (
     BATCH_S_MAX,
     BEAT_S,
@@ -214,3 +216,14 @@ def test_a_silent_process_that_wants_a_core_gets_more_time() -> None:
         assert group.now < silent_from + 2 * SILENCE_AT_WORK_S_MAX
     assert group.now - silent_from > SILENCE_AT_WORK_S_MAX
     assert lost.rank == 1
+
+
+# -- what a process says of itself -----------------------------------------------------------------
+def test_a_loop_that_stands_still_makes_its_process_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work()
+    monkeypatch.setattr(link, "STALL_S_MAX", -1.0)
+    assert not work.stalled  # it does not tick yet, or never does: a rank that only follows
+    work.tick()
+    assert work.stalled
+    monkeypatch.setattr(link, "STALL_S_MAX", 60.0)
+    assert not work.stalled
