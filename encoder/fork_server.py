@@ -2,20 +2,16 @@
 does, in the middle of its imports, too. It would otherwise go on importing for seconds and then start a
 rank for a group that is gone.
 
-Ctrl-C at a terminal goes to every process; this one leaves it to the first, too.
-
 The ranks themselves are told by the link (encoder/link.py): a signal of this kind is not inherited.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 
 from encoder.link import PARENT_VARIABLE
 from shoal.child import end_with_parent
 
 __all__ = ()
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)
 end_with_parent(int(os.environ[PARENT_VARIABLE]))

@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import tempfile
 import uuid
+from multiprocessing import forkserver
 from pathlib import Path
 
 from encoder.families import check_layout
@@ -73,10 +73,7 @@ def run_group(settings: EncoderProcess) -> None:
             FINGERPRINT_VARIABLE: fingerprint,
             "OMP_NUM_THREADS": str(settings.threads),
         }
-        # The interpreter's own fork server: it has no threads and no connections when it forks.
-        multiprocessing.set_forkserver_preload(
-            ["encoder.fork_server", "encoder.rank", *_modules_of(folder)]
-        )
+        _start_fork_server(folder)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -104,10 +101,19 @@ def run_group(settings: EncoderProcess) -> None:
         raise StartupError(hub.fatal)
 
 
+def _start_fork_server(folder: ModelFolder) -> None:
+    """The interpreter's own: it has no threads and no connections when it forks. Ctrl-C at a terminal goes
+    to every process; this one leaves it to us."""
+    forkserver.set_forkserver_preload(["encoder.fork_server", "encoder.rank", *_modules_of(folder)])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it will have it
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _end_fork_server() -> None:
     """Python waits for it at the end, and it may just have begun to import."""
-    from multiprocessing import forkserver
-
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
