@@ -102,8 +102,8 @@ def run_group(settings: EncoderProcess) -> None:
 
 
 def _start_fork_server(folder: ModelFolder) -> None:
-    """The interpreter's own: it has no threads and no connections when it forks. Ctrl-C at a terminal goes
-    to every process; this one leaves it to us."""
+    """The interpreter's own: it has no threads and no connections when it forks. Ctrl-C at a terminal
+    goes to every process; this one leaves it to us."""
     forkserver.set_forkserver_preload(["encoder.fork_server", "encoder.rank", *_modules_of(folder)])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it will have it
     try:
