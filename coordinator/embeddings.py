@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from coordinator.http import Answer, Call
 from coordinator.json_body import validate
@@ -31,11 +31,20 @@ __all__ = ["EmbeddingsRequest", "EmbeddingsResult", "embeddings"]
 class EmbeddingsRequest(Strict):
     """user: who asks, for statistics that are not kept here. dimensions: only the model's own."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=TEXTS_PER_REQUEST_MAX)]
+    input: str | list[str] = Field(
+        json_schema_extra={"minItems": 1, "maxItems": TEXTS_PER_REQUEST_MAX}
+    )
     model: str
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     user: str | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _some_and_not_too_many(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and not 1 <= len(value) <= TEXTS_PER_REQUEST_MAX:
+            raise ValueError(f"takes 1 to {TEXTS_PER_REQUEST_MAX} texts, not {len(value)}")
+        return value
 
 
 class EmbeddingObject(BaseModel):

@@ -285,6 +285,9 @@ def test_embeddings_have_the_shape_that_openai_clients_read(tmp_path: Path) -> N
             refused = answer.json()
             assert refused["error"]["type"] == "invalid_request_error"
             assert refused["error"]["message"]
+        for count in (0, 5_000):
+            answer = await post(422, model="lengths", input=["x"] * count)
+            assert f"takes 1 to 4096 texts, not {count}" in answer["error"]["message"]
         world.encoder.fails = Busy("many texts wait", retry_after_s=7)
         assert (await post(429, model="lengths", input="x"))["error"]["type"] == "rate_limit_error"
 
