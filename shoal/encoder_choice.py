@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.encoder_api import Embedding, Encoder, ModelInfo, resolve_model, several_weights
+from shoal.errors import BadRequest
 
 __all__ = ["EitherEncoder", "Groups", "OwnModels"]
 
@@ -83,9 +84,14 @@ class EitherEncoder:
         aliases: dict[str, list[str]] = {}
         for info in (*served, *self._local.models()):
             aliases.setdefault(info.name, []).extend(info.aliases)
-        if not aliases:
+        if not aliases and fingerprint is None:
             return self._local  # says what to install
-        name = resolve_model(model, aliases)
+        try:
+            name = resolve_model(model, aliases)
+        except BadRequest:
+            if fingerprint is None:
+                raise
+            return self._groups  # it was served once, and not here
         if all(info.name != name for info in self._local.models()):
             return self._groups
         expected = self._groups.fingerprints(name)

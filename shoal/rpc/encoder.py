@@ -241,15 +241,7 @@ class EncoderClient:
         serving = self._serving()
         if len(serving) > 1 and self._poller is None:
             self._poller = asyncio.create_task(self._poll(), name="encoder-depths")
-        if not self._seen:
-            raise NotSupported(
-                "Texts cannot be embedded here: this cluster has no encoder; start one with `shoal "
-                "encoder serve`, or send vectors"
-            )
-        aliases: dict[str, list[str]] = {}
-        for seen in self._seen.values():
-            aliases.setdefault(seen.facts.model, []).extend(seen.facts.aliases)
-        name = resolve_model(model, aliases)
+        name = self._full_name(model, fingerprint)
         served = {f.fingerprint: f for _, f in reversed(serving) if f.model == name}
         expected = self._expected(name, serving)
         if (
@@ -262,6 +254,24 @@ class EncoderClient:
         if fingerprint is not None and served and fingerprint not in expected:
             raise wrong_weights(name, fingerprint, *served)
         raise _nobody(name, fingerprint)
+
+    def _full_name(self, model: str, fingerprint: str | None) -> str:
+        """Raises NotSupported and BadRequest. Who knows a fingerprint knows of weights that were served,
+        if only before this process began."""
+        aliases: dict[str, list[str]] = {}
+        for seen in self._seen.values():
+            aliases.setdefault(seen.facts.model, []).extend(seen.facts.aliases)
+        try:
+            if aliases or fingerprint is not None:
+                return resolve_model(model, aliases)
+        except BadRequest:
+            if fingerprint is None:
+                raise
+            raise _nobody(model, fingerprint) from None
+        raise NotSupported(
+            "Texts cannot be embedded here: this cluster has no encoder; start one with `shoal encoder "
+            "serve`, or send vectors"
+        )
 
     def _expected(self, model: str, serving: Sequence[tuple[NodeRecord, EncoderFacts]]) -> set[str]:
         """Fingerprints of a model that are served, or were until a moment ago, as before a crash: not

@@ -260,6 +260,21 @@ def test_models_of_groups_and_one_s_own_are_listed_together() -> None:
     either(test, own, info(OLD), info(NEW))
 
 
+def test_weights_that_were_served_before_this_process_began_are_awaited() -> None:
+    """A coordinator that was started again while the only group is lost."""
+
+    async def scenario() -> None:
+        for own in (None, Own(OTHER, "words")):
+            encoder = EitherEncoder(EncoderClient({}), own)
+            with pytest.raises(
+                Unavailable, match=f"No encoder serves len with the fingerprint {OLD}"
+            ):
+                await encoder.encode(["a"], "len", OLD)
+            await encoder.close()
+
+    run(scenario())
+
+
 def test_without_any_encoder_people_are_told() -> None:
     async def scenario() -> None:
         encoder = EitherEncoder(EncoderClient({}), None)
