@@ -89,9 +89,7 @@ def test_weights_whose_group_is_lost_are_awaited_and_nothing_else_stands_in() ->
             del entries[old.entry.key]  # its lease has ended
             with pytest.raises(Unavailable, match=f"fingerprint {OLD} at the moment"):
                 await encoder.encode(["a"], "len", OLD)
-            with pytest.raises(
-                BadRequest, match="several weights"
-            ):  # those that are left are not it
+            with pytest.raises(BadRequest, match="several weights"):  # though one is left
                 await encoder.encode(["a"], "len")
             entries[old.entry.key] = old.entry
             assert (await encoder.encode(["a"], "len", OLD)).fingerprint == OLD
@@ -267,9 +265,9 @@ def test_weights_that_were_served_before_this_process_began_are_awaited() -> Non
         for own in (None, Own(OTHER, "words")):
             encoder = EitherEncoder(EncoderClient({}), own)
             with pytest.raises(
-                Unavailable, match=f"No encoder serves len with the fingerprint {OLD}"
+                Unavailable, match=f"No encoder serves notes with the fingerprint {OLD}"
             ):
-                await encoder.encode(["a"], "len", OLD)
+                await encoder.encode(["a"], "notes", OLD)
             await encoder.close()
 
     run(scenario())
