@@ -170,7 +170,13 @@ class MetadataStore(Protocol):
 
     async def range(self, prefix: str) -> tuple[list[KeyValue], int]:
         """All keys that begin with `prefix` ("" = all), in key order, and the store's revision, as
-        one consistent moment. `watch(prefix, revision)` then gives every later change."""
+        one consistent moment. `watch(prefix, revision)` then gives every later change. Raises
+        StoreWentBack: it is at an earlier revision than it once told."""
+        ...
+
+    async def remembers(self, known: KeyValue) -> bool:
+        """Whether the store's history has this value at its revision. False: it went back. A history
+        that is no longer kept cannot say so, and counts as the same."""
         ...
 
     async def txn(

@@ -129,6 +129,9 @@ class EmbeddedStore:
 
         return await self._run(read)
 
+    async def remembers(self, known: KeyValue) -> bool:
+        return True  # the file is locked: nobody can put another in its place
+
     async def txn(
         self,
         compares: Sequence[Compare],

@@ -80,6 +80,7 @@ class EtcdStore:
         self.on_went_back: Callable[[StoreWentBack], None] | None = None
         root = prefix.rstrip("/").encode()
         self._members = members
+        self._known = 0  # the latest revision that any answer told of
         self._keys = root + b"/keys/"
         self._ops = root + b"/op/"
         self._closed = asyncio.Event()
@@ -122,8 +123,13 @@ class EtcdStore:
 
     async def range(self, prefix: str) -> tuple[list[KeyValue], int]:
         while True:
+            known = self._known  # before the call: what comes back is linearizable
             try:
-                return await self._pages(self._raw(prefix))
+                found, revision = await self._pages(self._raw(prefix))
+                if revision < known:
+                    raise StoreWentBack.because(f"it is at revision {revision} and was at {known}")
+                self._learn(revision)
+                return found, revision
             except Compacted:  # between two pages; the next moment is as good
                 _log.info("range_starts_over", prefix=prefix)
 
@@ -141,11 +147,27 @@ class EtcdStore:
                 return found, revision
             start = answer.kvs[-1].key + b"\0"
 
+    async def remembers(self, known: KeyValue) -> bool:
+        request = pb.RangeRequest(key=self._raw(known.key), revision=known.revision)
+        try:
+            answer = await self._members.call(RANGE, request)
+        except Compacted:
+            return True
+        return [self._key_value(kv) for kv in answer.kvs] == [known]
+
     def watch(self, prefix: str, from_revision: int) -> AsyncIterator[list[Event]]:
         key = self._raw(prefix)
         return watch_forever(
-            self._members, key, after_prefix(key), from_revision, self._closed, self._event
+            self._members,
+            (key, after_prefix(key)),
+            from_revision,
+            self._closed,
+            self._event,
+            lambda: self._known,
         )
+
+    def _learn(self, revision: int) -> None:
+        self._known = max(self._known, revision)
 
     # -- changing ----------------------------------------------------------------------------------
 
@@ -167,6 +189,7 @@ class EtcdStore:
         )
         if not wanted.success:
             answer = await self._members.call(TXN, wanted)
+            self._learn(answer.header.revision)
             return TxnResult(answer.succeeded, answer.header.revision)
         return await self._change(wanted, lease)
 
@@ -183,6 +206,7 @@ class EtcdStore:
             request.success.append(_put(op, _DONE, op_lease))
             try:
                 answer = await self._members.attempt(TXN, request)
+                self._learn(answer.header.revision)
                 return TxnResult(answer.succeeded, answer.header.revision)
             except LeaseLost:
                 # The caller's lease or ours? A new one of ours makes it clear.

@@ -40,28 +40,35 @@ Call = grpc.aio.StreamStreamCall[pb.WatchRequest, pb.WatchResponse]
 
 async def watch_forever(
     members: Members,
-    key: bytes,
-    range_end: bytes,
+    keys: tuple[bytes, bytes],
     after: int,
     closed: asyncio.Event,
     to_event: Callable[[pb.Event], Event],
+    known: Callable[[], int],
 ) -> AsyncIterator[list[Event]]:
     """Whole revisions later than `after`, in order, none twice; goes on at another member whenever
-    one fails. Ends when `closed` is set. Raises Compacted, StoreRefused, StoreWentBack."""
+    one fails. Ends when `closed` is set. Raises Compacted, StoreRefused, StoreWentBack.
+
+    keys   the first, and the one after the last
+    known  the latest revision that anybody here was told of"""
     cluster_id = members.cluster_id
-    pause_s, refusals = _PAUSE_S_MIN, 0
+    pause_s, refusals, moving = _PAUSE_S_MIN, 0, False
     while not closed.is_set():
         stream = _Stream(members, members.current, closed)
+        floor = max(after, known())
         try:
-            await stream.open(key, range_end, after + 1)
+            await stream.open(*keys, after + 1)
             while (answer := await stream.next()) is not None:
                 pause_s, refusals = _PAUSE_S_MIN, 0
+                if moving:
+                    _log.info("watch_goes_on", key=keys[0].decode(), after=after)
+                    moving = False
                 if answer.header.cluster_id != cluster_id:
                     raise StoreWentBack.because("etcd has another cluster id than before")
-                if answer.header.revision < after:
+                if answer.header.revision < floor:
                     # A store that was wiped and set up again has the same cluster id. (Or this
                     # member lags behind: then reading anew, which waits for it, costs little.)
-                    raise Compacted(f"etcd is at a revision earlier than {after}. Read anew.")
+                    raise Compacted(f"etcd is at a revision earlier than {floor}. Read anew.")
                 events = [to_event(e) for e in answer.events if e.kv.mod_revision > after]
                 if events:
                     after = events[-1].revision
@@ -69,7 +76,8 @@ async def watch_forever(
         except NoAnswer as failure:
             if closed.is_set():
                 return
-            _log.info("watch_moves_on", key=key.decode(), after=after, why=failure.why)
+            moving = True
+            _log.info("watch_moves_on", key=keys[0].decode(), after=after, why=failure.why)
         except StoreRefused:
             refusals += 1
             if refusals >= _REFUSALS_MAX or not members.log_in_again():

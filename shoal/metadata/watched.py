@@ -159,7 +159,7 @@ class Watched:
         told = self._seen
         found, revision = await self._store.range(self._common)
         fresh = {kv.key: kv for kv in found if self._wanted(kv.key)}
-        self._check_goes_on(fresh, revision)
+        await self._check_goes_on(fresh, revision)
         events = [
             Event(key, kv.value, kv.revision)
             for key, kv in fresh.items()
@@ -175,19 +175,20 @@ class Watched:
         self._seen = revision
         self._reread_at_s = asyncio.get_running_loop().time() + self._recheck_s
 
-    def _check_goes_on(self, fresh: Mapping[str, KeyValue], revision: int) -> None:
+    async def _check_goes_on(self, fresh: Mapping[str, KeyValue], revision: int) -> None:
         """Raises StoreWentBack. Reads are linearizable, so what we knew is old, never too new. A
-        restored store may have passed the revision that we knew; then single keys give it away."""
+        restored store may have passed the revision that we knew. Then its history tells: what is in
+        it at one revision is proof of everything before, so the latest that is no more is enough."""
         if revision < self._seen:
             raise StoreWentBack.because(f"it is at revision {revision} and was at {self._seen}")
-        for key, known in self._entries.items():
-            found = fresh.get(key)
-            if found is None or found == known:
-                continue
-            if found.revision <= known.revision:
-                raise StoreWentBack.because(
-                    f"{key} is of revision {found.revision} and was of {known.revision}"
-                )
+        changed = [kv for key, kv in self._entries.items() if fresh.get(key) != kv]
+        if not changed:
+            return
+        latest = max(changed, key=lambda kv: kv.revision)
+        if not await self._store.remembers(latest):
+            raise StoreWentBack.because(
+                f"{latest.key} was of revision {latest.revision}, and its history knows nothing of it"
+            )
 
     def _wanted(self, key: str) -> bool:
         return key.startswith(self._prefixes)

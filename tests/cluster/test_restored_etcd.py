@@ -3,7 +3,9 @@ stops and says why, and what the backup knows of is served again."""
 
 from __future__ import annotations
 
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -31,6 +33,15 @@ def create(cluster: Cluster, name: str) -> None:
     client.close()
 
 
+def follows(cluster: Cluster, name: str) -> bool:
+    """Whether every watch that lost etcd has it again."""
+    lost: dict[str, bool] = {}
+    for line in cluster[name].log().splitlines():
+        if found := re.search(r" watch_(moves_on|goes_on) key=(\S+)", line):
+            lost[found[2]] = found[1] == "moves_on"
+    return bool(lost) and not any(lost.values())
+
+
 def shard_folders(cluster: Cluster) -> list[Path]:
     return sorted(
         path.relative_to(cluster.folder)
@@ -50,6 +61,10 @@ def test_a_restored_etcd_deletes_nothing(make_cluster) -> None:
     shutil.copytree(data, backup)
     etcd.launch()
     etcd.wait_ready()
+    for name in PROCESSES:
+        wait_until(
+            partial(follows, cluster, name), within_s=60, what=f"{name} to follow etcd again"
+        )
     create(cluster, "after")
     folders = shard_folders(cluster)
     assert len(folders) == 6

@@ -331,6 +331,16 @@ def test_a_restored_etcd_is_noticed_and_not_followed(tmp_path):
             assert set(watched.entries) == {"a", "b"}
             await watched.close()
 
+            first, last = watched.entries["a"], watched.entries["b"]
+            async with opened(
+                etcd
+            ) as other:  # what is in the history is not hidden by later changes
+                for _ in range(3):
+                    latest = await other.txn([], {"a": b"2"})
+                assert latest.revision > last.revision
+            assert await store.remembers(first)
+            assert not await store.remembers(last)
+
     with EtcdCluster.start(tmp_path / "etcd", durable=True) as etcd:
         run(main, 60)
 

@@ -144,8 +144,10 @@ def test_a_lost_process_fails_its_requests_soon_and_the_group_forms_anew(
                 await load.until_answered_after(time.monotonic())
                 fault = time.monotonic()
                 os.kill(pid, number)
-                back = await load.until_answered_after(fault + 2 * ERROR_S_MAX)
+                final = await load.until_answered_after(fault + 2 * ERROR_S_MAX)
                 await load.close()
+                refused = max(end for _, end, _ in load.errors if end <= final)
+                back = min(end for asked, end in load.answers if asked > fault and end > refused)
                 lost = [end - fault for asked, end, _ in load.errors if asked <= fault]
                 print(
                     f"signal {number} to rank {rank}: {len(lost)} requests in flight failed, the "

@@ -166,9 +166,16 @@ class Restored(Flaky):
         super().__init__(store)
         self.found: list[StoreWentBack] = []
         self.on_went_back = self.found.append
+        self.changes: tuple[dict[str, bytes], ...] | None = None  # of revisions 1, 2, ...
+
+    async def remembers(self, known: KeyValue) -> bool:
+        if self.changes is None:
+            return True
+        return self.changes[known.revision - 1].get(known.key) == known.value
 
     async def restore(self, *changes: dict[str, bytes]) -> None:
         self.refuse = True
+        self.changes = changes
         await self._store.txn([], {"breaks the watch": b""})
         self._store = await EmbeddedStore.open(self._store._path.with_name("restored.sqlite"))
         for change in changes:
@@ -183,6 +190,7 @@ class Restored(Flaky):
         [{"a1": b"1"}],
         [{"a1": b"1"}, *({"b": b""} for _ in range(9))],  # and has overtaken what we knew
         [*({"b": b""} for _ in range(3)), {"a1": b"other"}],
+        [{"a1": b"1"}, {"a2": b"2"}, {"a1": b"3"}, {"b": b""}, {"a1": b"later"}],
     ],
 )
 def test_watched_does_not_follow_a_store_that_went_back(run, backup):
