@@ -45,7 +45,7 @@ from shoal.metadata.schema import (
 from shoal.storage_api import AlterVectors, Read, Scroll, ShardKey, Storage, UpdateVectors
 from shoal.telemetry import logger
 
-__all__ = ["Advance", "Copier", "following", "missing"]
+__all__ = ["Advance", "Copier", "Progress", "following", "missing"]
 
 _PAGE_FIRST = 16
 _FULL_PASS_EVERY = 16  # looks at all points, also where only those without a text seem to be left
@@ -76,7 +76,9 @@ def following(key: int) -> int | None:
 
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
+    """Of one migration, since this coordinator does it. rate: points per second, of late."""
+
     copied: int = 0
     without_text: int = 0
     error: str = ""
@@ -124,6 +126,10 @@ class Copier:
         await self._stop_all()
         if self._leadership is not None:
             await self._leadership.resign()
+
+    def progress(self) -> dict[tuple[str, str], Progress]:
+        """Of the migrations that we do, by the names of collection and vector."""
+        return {(work.name, vector): work.progress for (_, vector), work in self._carrying.items()}
 
     def wake(self) -> None:
         """A record has changed."""
@@ -214,9 +220,9 @@ class _Carrying:
     """What one migration is at."""
 
     def __init__(self, copier: Copier, name: str, collection_id: int, vector: str) -> None:
-        self._copier, self._name, self._id, self._vector = copier, name, collection_id, vector
+        self._copier, self.name, self._id, self._vector = copier, name, collection_id, vector
         self._catalog, self._storage = copier._catalog, copier._storage
-        self._progress = _Progress()
+        self.progress = Progress()
         self._pause_s = limits.COPY_PAUSE_S_MIN
         self._page = _PAGE_FIRST  # points to ask for at once: nobody says how large payloads are
         self._fenced = -1  # the epoch that all shards were told of
@@ -227,10 +233,10 @@ class _Carrying:
 
     def _now(self) -> tuple[Collection, Migration]:
         """Raises NotFound when the collection or the migration is over."""
-        collection = self._catalog.get(self._name)
+        collection = self._catalog.get(self.name)
         found = collection.record.migrated.get(self._vector)
         if collection.record.id != self._id or found is None or found.migration is None:
-            raise NotFound(f"Not found: the migration of {self._name}/{self._vector} is over")
+            raise NotFound(f"Not found: the migration of {self.name}/{self._vector} is over")
         return collection, found.migration
 
     async def step(self) -> bool:
@@ -285,24 +291,24 @@ class _Carrying:
         def change(record: CollectionRecord) -> CollectionRecord:
             return self._copier._advance(record, collection, self._vector, phase)
 
-        await self._catalog.change(self._name, change)
-        _log.info("migration", collection=self._name, vector=self._vector, phase=phase or "over")
+        await self._catalog.change(self.name, change)
+        _log.info("migration", collection=self.name, vector=self._vector, phase=phase or "over")
 
     async def catch_up(self) -> None:
         """Shards know of a later record than we do."""
         with contextlib.suppress(ShoalError):  # the watch will tell
-            await self._catalog.reread(self._name)
+            await self._catalog.reread(self.name)
         await asyncio.sleep(_CATCH_UP_S)
 
     # -- copying ----------------------------------------------------------------------------------
     async def _copy_all(self, collection: Collection) -> None:
         """Every shard once, then a pause that grows while there is nothing to do."""
-        before, everywhere = self._progress.copied, self._passes % _FULL_PASS_EVERY == 0
+        before, everywhere = self.progress.copied, self._passes % _FULL_PASS_EVERY == 0
         self._passes += 1
         for shard in collection.shards:
             if everywhere or await self._worth_a_look(shard):
                 await self._copy_both_ways(shard)
-        progress = self._progress
+        progress = self.progress
         progress.without_text, progress.error = sum(self._without_text.values()), ""
         if progress.copied > before:
             self._pause_s = limits.COPY_PAUSE_S_MIN
@@ -414,8 +420,8 @@ class _Carrying:
         batch.dense[to.name] = second_block(len(rows), list(range(len(rows))), embedded.vectors, to)
         write = UpdateVectors(batch, if_versions=points.versions[rows], epoch=epoch)
         await self._storage.write(shard, write)
-        self._progress.copied += len(rows)
-        self._progress.error = ""
+        self.progress.copied += len(rows)
+        self.progress.error = ""
         return len(rows)
 
     async def _turn(self, count: int) -> bool:
@@ -440,7 +446,7 @@ class _Carrying:
     # -- telling ----------------------------------------------------------------------------------
     async def tell(self, error: str | None = None) -> None:
         """Say how far it is, in the metadata store, now and then, and at once what is wrong."""
-        progress, now = self._progress, asyncio.get_running_loop().time()
+        progress, now = self.progress, asyncio.get_running_loop().time()
         if error is not None:
             progress.error = error
         told = (progress.copied, progress.without_text, progress.error)

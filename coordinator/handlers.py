@@ -90,7 +90,8 @@ async def ready(call: Call) -> Answer:
 
 
 async def metrics(call: Call) -> Answer:
-    text = call.metrics.render(call.health(), call.coordinator.extra_requests())
+    coordinator = call.coordinator
+    text = call.metrics.render(call.health(), coordinator.extra_requests(), coordinator.copying())
     return Answer(200, text, CONTENT_TYPE)
 
 

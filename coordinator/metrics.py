@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from coordinator.copier import Progress
 from shoal.health import Health, HealthReport
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -47,9 +48,15 @@ class Metrics:
         histogram.buckets[bisect_left(_BOUNDS_S, seconds)] += 1
         histogram.sum_s += seconds
 
-    def render(self, report: HealthReport, extra_requests: Mapping[str, int]) -> bytes:
-        """extra_requests: of the router, by kind."""
+    def render(
+        self,
+        report: HealthReport,
+        extra_requests: Mapping[str, int],
+        migrations: Mapping[tuple[str, str], Progress],
+    ) -> bytes:
+        """extra_requests: of the router, by kind. migrations: by collection and vector."""
         lines = [*self._request_lines(), *_extra_lines(extra_requests), *_state_lines(report)]
+        lines += _migration_lines(migrations)
         lines += self._more()
         return ("\n".join(lines) + "\n").encode()
 
@@ -107,6 +114,26 @@ def _state_lines(report: HealthReport) -> Iterator[str]:
             if shard.info is not None:
                 labels = f'collection="{_escaped(shard.collection)}",shard="{shard.key.shard}"'
                 yield f"shoal_shard_{field}{{{labels}}} {getattr(shard.info, field)}"
+
+
+def _migration_lines(migrations: Mapping[tuple[str, str], Progress]) -> Iterator[str]:
+    shown: tuple[tuple[str, str, str, Callable[[Progress], float]], ...] = (
+        (
+            "copied_total",
+            "counter",
+            "Points that got a vector of the other model.",
+            lambda p: p.copied,
+        ),
+        ("without_text", "gauge", "Points that cannot be copied.", lambda p: p.without_text),
+        ("points_per_second", "gauge", "Points copied per second, of late.", lambda p: p.rate),
+        ("failing", "gauge", "1 while something keeps it from going on.", lambda p: bool(p.error)),
+    )
+    for name, kind, text, value in shown:
+        yield f"# HELP shoal_migration_{name} {text}"
+        yield f"# TYPE shoal_migration_{name} {kind}"
+        for (collection, vector), progress in sorted(migrations.items()):
+            labels = f'collection="{_escaped(collection)}",vector="{_escaped(vector)}"'
+            yield f"shoal_migration_{name}{{{labels}}} {round(value(progress), 1)}"
 
 
 def _escaped(text: str) -> str:

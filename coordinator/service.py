@@ -27,7 +27,7 @@ from coordinator.cluster import (
     describe_collection_cluster,
     describe_peers,
 )
-from coordinator.copier import Copier
+from coordinator.copier import Copier, Progress
 from coordinator.freshness import ANY_READ, format_token
 from coordinator.generations import (
     public_points,
@@ -447,6 +447,10 @@ class Coordinator:
                 missing = (result.missing for result in results if result.missing is not None)
                 return WriteResult(results[-1].sequence, next(missing, None))
         raise changed
+
+    def copying(self) -> dict[tuple[str, str], Progress]:
+        """Migrations that this coordinator does, by the names of collection and vector."""
+        return self._copier.progress()
 
     def extra_requests(self) -> dict[str, int]:
         """As `Storage` counts them."""

@@ -490,6 +490,7 @@ class AsyncClient:
         batch_points: int = 1_000,
         in_flight: int = 4,
         on_progress: Callable[[UploadProgress], None] | None = None,
+        model: str = "",
         idempotent: bool = True,
         timeout_s: float = 120.0,
     ) -> UploadProgress:
@@ -501,6 +502,7 @@ class AsyncClient:
         in_flight    batches on their way. With more than one, batches may be applied in any order:
                      of an id that is in two of them either may win.
         on_progress  is told after each batch that is durable.
+        model        see `upsert`
         idempotent   True here: a batch of which it is not known whether it happened is sent again.
                      Say False when others write the same ids meanwhile.
         timeout_s    of one batch, with its retries: what a restart of the server may take.
@@ -508,7 +510,7 @@ class AsyncClient:
         """
 
         async def send(batch: Batch) -> None:
-            request = self._upsert_request(collection, batch)
+            request = self._upsert_request(collection, batch, model=model)
             written = await self._core.run(
                 lambda connection, left: connection.upsert(request, left),
                 writes=True,

@@ -105,6 +105,7 @@ def test_no_query_fails_and_no_answer_mixes_models(
         try:
             load.go_on()
             copy(migrate, load)
+            check_metrics(server)
             switch_and_roll_back(migrate, load)
             switch_and_drop(migrate, load)
         finally:
@@ -140,6 +141,17 @@ def copy(migrate: Migrate, load: Load) -> None:
     compared = migrate.ask("compare", {"limit": 5, "exact": True})
     assert (compared["source"], compared["left"]) == ("recorded", 0)
     assert compared["queries"] > ANSWERS
+
+
+def check_metrics(server: Server) -> None:
+    with server.http() as plain:
+        lines = plain.get("/metrics").text.splitlines()
+    shown = dict(line.rsplit(" ", 1) for line in lines if line.startswith("shoal_migration_"))
+    labels = f'{{collection="{NAME}",vector="v"}}'
+    assert float(shown[f"shoal_migration_copied_total{labels}"]) > 0
+    assert float(shown[f"shoal_migration_points_per_second{labels}"]) >= 0
+    assert shown[f"shoal_migration_without_text{labels}"] == "0"
+    assert shown[f"shoal_migration_failing{labels}"] == "0"
 
 
 def switch_and_roll_back(migrate: Migrate, load: Load) -> None:

@@ -542,7 +542,7 @@ def test_both_apis_are_counted(tmp_path):
         await stream.done_writing()
         assert len([reply async for reply in stream]) >= 1
         report = HealthReport(Health.GREEN, True, True, (), (), None, 0.0)
-        text = world.api._metrics.render(report, {"hedge": 3}).decode()
+        text = world.api._metrics.render(report, {"hedge": 3}, {}).decode()
         assert 'shoal_requests_total{operation="Collections/Create",status="OK"} 1' in text
         for count in (
             '{operation="Points/Search",status="INVALID_ARGUMENT"} 1',
