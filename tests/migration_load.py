@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from qdrant_client import QdrantClient, models
 
 import shoal
-from shoal.client import Texts
+from shoal.client import Batch, Texts
 
 __all__ = [
     "DIMS",
@@ -271,8 +271,8 @@ class Grpc:
         if isinstance(vectors[0], str):
             self._client.upsert(NAME, list(points), {"v": Texts(vectors, model)}, payloads)
         else:
-            numbers = np.stack(vectors)
-            self._client.upsert(NAME, list(points), {"v": numbers}, payloads, model=model)
+            numbers = Batch(list(points), {"v": np.stack(vectors)}, payloads)
+            self._client.upload(NAME, numbers, model=model, idempotent=False)
 
     def delete(self, ids: Sequence[int]) -> None:
         self._client.delete(NAME, list(ids))
