@@ -34,9 +34,9 @@ from encoder.train.inputs import Inputs
 from encoder.train.metrics import Quality, quality, ranks_of_relevant
 from encoder.train.report import Report, model_card
 from encoder.train.saving import save_model, whole_parameters
-from encoder.train.server import SERVER, broadcast_parameters, serve_parameters, work
+from encoder.train.server import SERVER, broadcast_state, serve_parameters, work
 from encoder.train.settings import TrainSettings
-from encoder.train.trainer import StepFigures, Trainer
+from encoder.train.trainer import Trainer
 from shoal.errors import SettingsError
 from shoal.ranking import Interval
 
@@ -64,7 +64,7 @@ def train(settings: TrainSettings, on_step: Callable[[int], None] | None = None)
     with _process_group(settings):
         inputs = Inputs.read(settings)
         torch.manual_seed(settings.seed)
-        with claimed(settings.out, settings.name, inputs.fixed(settings)), _stop(settings) as stop:
+        with claimed(settings.out, settings.name, inputs.fixed(settings)), StopSignal() as stop:
             run = _Run(settings, inputs, stop, on_step)
             try:
                 return run.whole()
@@ -92,22 +92,12 @@ def _process_group(settings: TrainSettings) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _stop(settings: TrainSettings) -> Iterator[StopSignal | None]:
-    """A parameter server has no checkpoint to write before the end: there signals do as always."""
-    if settings.mode == "parameter-server":
-        yield None
-    else:
-        with StopSignal() as stop:
-            yield stop
-
-
 class _Run:
     def __init__(
         self,
         settings: TrainSettings,
         inputs: Inputs,
-        stop: StopSignal | None,
+        stop: StopSignal,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self._settings, self._inputs = settings, inputs
@@ -117,6 +107,7 @@ class _Run:
         self._trainer = Trainer(settings, inputs.source, mesh, inputs.positives_of)
         self._checkpoints = Checkpoints(settings.out)
         self._report: Report | None = None
+        self._broken = False  # a gradient that a parameter server got
 
     def whole(self) -> Outcome:
         settings, trainer = self._settings, self._trainer
@@ -163,17 +154,16 @@ class _Run:
                     gradient_norm=figures.gradient_norm,
                     seconds=time.monotonic() - began,
                 )
-            self._between(done, figures)
+            broken = not (math.isfinite(figures.loss) and math.isfinite(figures.gradient_norm))
+            self._between(done, broken=broken)
             if self._on_step is not None:
                 self._on_step(done)
         trainer.average_now()
 
-    def _between(self, done: int, figures: StepFigures) -> None:
+    def _between(self, done: int, *, broken: bool) -> None:
         """Judged before the checkpoint, so that whoever goes on from it has all figures up to it."""
         settings, trainer = self._settings, self._trainer
-        broken = not (math.isfinite(figures.loss) and math.isfinite(figures.gradient_norm))
-        asked = self._stop is not None and self._stop.raised
-        broken, stopped = any_of((broken, asked), trainer.device)
+        broken, stopped = any_of((broken, self._stop.raised), trainer.device)
         if broken:
             raise TrainingFailed(
                 f"The loss or its gradient is no number any more at step {done}. Give a smaller --lr, "
@@ -195,36 +185,40 @@ class _Run:
             )
 
     def _asynchronous(self, start: int) -> None:
-        """Evaluations and checkpoints would make all wait, so there are none on the way."""
+        """Nobody waits for the others but where all are judged, or a checkpoint is written."""
         settings, trainer = self._settings, self._trainer
         parameters = list(trainer.stage.parameters())
-        if dist.get_rank() != SERVER:
-            work(
-                parameters,
-                lambda step: trainer.gradients(step, self._batches_of(step)),
-                start=start,
-                steps=settings.steps,
-            )
-        else:
-            serve_parameters(
-                parameters,
-                self._apply,
-                workers=range(1, settings.dp),
-                start=start,
-                steps=settings.steps,
-                staleness=settings.staleness,
-                on_step=self._served,
-            )
-        broadcast_parameters(parameters)
+        done = start
+        while done < settings.steps:
+            until = _next_due(done, settings)
+            if dist.get_rank() != SERVER:
+                done = work(
+                    parameters,
+                    lambda step: trainer.gradients(step, self._batches_of(step)),
+                    start=done,
+                    until=until,
+                )
+            else:
+                done = serve_parameters(
+                    parameters,
+                    self._apply,
+                    workers=range(1, settings.dp),
+                    start=done,
+                    until=until,
+                    staleness=settings.staleness,
+                    on_step=self._served,
+                )
+            broadcast_state(parameters, trainer.optimizer)
+            self._between(done, broken=self._broken)
+            if self._on_step is not None:
+                self._on_step(done)
 
-    def _apply(self, step: int) -> None:
-        norm = self._trainer.clip()
-        if not math.isfinite(norm):
-            raise TrainingFailed(
-                f"A gradient is no number any more at step {step}. Give a smaller --lr or --staleness."
-            )
-        self._trainer.set_learning_rate(min(step, self._settings.steps - 1))
-        self._trainer.optimizer.step()
+    def _apply(self, step: int) -> bool:
+        self._broken |= not math.isfinite(self._trainer.clip())
+        if not self._broken:
+            self._trainer.set_learning_rate(min(step, self._settings.steps - 1))
+            self._trainer.optimizer.step()
+        return not (self._broken or self._stop.raised)
 
     def _served(self, done: int, loss: float, missed: int) -> None:
         if self._report is not None:
@@ -313,6 +307,12 @@ class _Run:
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+def _next_due(done: int, settings: TrainSettings) -> int:
+    """The next step after which something is to be done together."""
+    every = [n for n in (settings.eval_every, settings.checkpoint_every) if n > 0]
+    return min([settings.steps, *(done - done % n + n for n in every)])
 
 
 def _carried_out(does: Callable[[], None]) -> None:

@@ -359,9 +359,9 @@ def test_own_negatives_come_first():
 def test_nobody_gets_further_ahead_than_the_bound():
     dice = np.random.default_rng(8)
     for staleness in (0, 1, 3):
-        clocks = Clocks([1, 2, 3], staleness=staleness, start=0)
+        clocks = Clocks([1, 2, 3], staleness=staleness, start=0, until=20)
         done, running = dict.fromkeys([1, 2, 3], 0), {1, 2, 3}
-        while not clocks.all_done(20):
+        while not clocks.met:
             assert running, "everybody waits for everybody"
             worker = int(dice.choice(sorted(running)))
             done[worker] += 1
@@ -369,6 +369,31 @@ def test_nobody_gets_further_ahead_than_the_bound():
             running.update(clocks.finished(worker))
             assert max(done[w] for w in running) - min(done.values()) <= staleness
         assert min(done.values()) == 20
+
+
+def test_all_meet_at_one_step_whenever_they_are_called_together():
+    seed = 9
+    print("seed", seed)
+    dice = np.random.default_rng(seed)
+    for called_at in range(1, 40):
+        clocks = Clocks([1, 2, 3], staleness=2, start=0, until=12)
+        done = dict.fromkeys([1, 2, 3], 0)
+        told = dict.fromkeys([1, 2, 3], 12)  # until when, with the last answer
+        running = {1, 2, 3}
+        for message in range(1, 200):
+            if clocks.met:
+                break
+            worker = int(dice.choice(sorted(running)))
+            done[worker] += 1
+            running.discard(worker)
+            going = clocks.finished(worker)
+            if message >= called_at:
+                clocks.call_together()
+            told |= dict.fromkeys(going, clocks.until)
+            running |= {w for w in going if done[w] < told[w]}
+        assert set(done.values()) == set(told.values()) == {clocks.until}
+        assert clocks.until <= 12
+        assert called_at > 6 or clocks.until < 12
 
 
 # -- settings, curves, card -----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training_ranks import run_ranks, tiny_model, tiny_pairs
 
 from encoder.model import ModelFolder, TextModel
@@ -181,6 +182,49 @@ def test_a_signal_is_answered_with_a_checkpoint(world, tmp_path, number):
     assert same_weights(stopped.out, whole.out) == 0
 
 
+PARAMETER_SERVER = {"dp": 3, "mode": "parameter-server", "staleness": 2}
+
+
+@pytest.mark.slow
+def test_a_parameter_server_goes_on_from_its_checkpoint(world, tmp_path):
+    settings = settings_for(world, tmp_path, eval_every=3, **PARAMETER_SERVER)
+    assert 17 in run_ranks(3, whole_run, settings, CRASH_AT)
+    checkpoint = tmp_path / f"checkpoints/step-{CRASH_AT:06d}"
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    moments = torch.load(tmp_path / "whole.pt", weights_only=True)["optimizer"]
+    updates = {float(value) for name, value in moments.items() if name.endswith(".step")}
+    assert updates == {2.0 * CRASH_AT}  # the server's: two workers
+    assert run_ranks(3, whole_run, settings) == [0, 0, 0]
+    assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
+    history = read_history(tmp_path / "history.jsonl")
+    assert [x["step"] for x in history if x["kind"] == "held-out"] == [0, 3, 6, 9, 12]
+
+
+def stopped_server(settings: TrainSettings, rank: int) -> None:
+    """A process of a parameter server gets a signal after step 4."""
+    from encoder.train.errors import Stopped
+    from encoder.train.loop import train
+
+    def on_step(done: int) -> None:
+        if done == 4 and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # A worker's signal is heard where all meet; the server calls all together.
+    with pytest.raises(Stopped, match=r"step 8 of 12" if rank else r"step [567] of 12"):
+        train(settings, on_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_parameter_server_answers_a_signal_with_a_checkpoint(world, tmp_path, rank):
+    settings = settings_for(world, tmp_path, **PARAMETER_SERVER)
+    assert run_ranks(3, stopped_server, settings, rank) == [0, 0, 0]
+    done = json.loads((tmp_path / "checkpoints/latest.json").read_text())["step"]
+    assert list(losses(tmp_path)) == list(range(1, done + 1))
+    assert run_ranks(3, whole_run, settings) == [0, 0, 0]
+    assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
+
+
 def failing_run(settings: TrainSettings, told: str, file_bytes_max: int | None = None) -> None:
     """file_bytes_max: of what is written from step 5 on, as on a disk that is full."""
     import resource
@@ -225,6 +269,8 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(world, tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
     settings = settings_for(world, tmp_path, dp=2, lr=1e30, warmup_steps=0)
     assert run_ranks(2, failing_run, settings, "no number") == [0, 0]
+    server = settings_for(world, tmp_path / "s", lr=1e30, warmup_steps=0, **PARAMETER_SERVER)
+    assert run_ranks(3, failing_run, server, "no number") == [0, 0, 0]
     one = settings_for(world, tmp_path / "one", lr=1e30, warmup_steps=0, steps=1)
     assert run_ranks(1, failing_run, one, "vectors are no numbers") == [0]
 
@@ -316,7 +362,7 @@ MODES = {
     "fp16": {"dp": 2, "compress": "fp16"},
     "powersgd": {"dp": 2, "compress": "powersgd"},
     "local-sgd": {"dp": 2, "mode": "local-sgd", "local_period": 4},
-    "parameter-server": {"dp": 3, "mode": "parameter-server", "staleness": 2},
+    "parameter-server": PARAMETER_SERVER,
     "accumulate": {"accumulate": 2},
     "bfloat16": {"precision": "bfloat16"},
 }
