@@ -187,7 +187,7 @@ PARAMETER_SERVER = {"dp": 3, "mode": "parameter-server", "staleness": 2}
 
 @pytest.mark.slow
 def test_a_parameter_server_goes_on_from_its_checkpoint(world, tmp_path):
-    settings = settings_for(world, tmp_path, eval_every=3, **PARAMETER_SERVER)
+    settings = settings_for(world, tmp_path, eval_every=3, timeout_s=10.0, **PARAMETER_SERVER)
     assert 17 in run_ranks(3, whole_run, settings, CRASH_AT)
     checkpoint = tmp_path / f"checkpoints/step-{CRASH_AT:06d}"
     dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
