@@ -129,13 +129,34 @@ class EncoderClient:
         return answer
 
     async def _ask_in_parts(self, facts: EncoderFacts, texts: Sequence[str]) -> Embedding:
-        """Parts go to whichever group has the least to do, each with its own bound of time."""
+        """Parts go to whichever group has the least to do, each with its own bound of time. One that
+        finds no room waits until another one is answered, so that a request is never in its own way."""
         room = asyncio.Semaphore(CHUNKS_AT_ONCE)
+        at_work = answered = 0
+        ended = asyncio.Event()  # one of them, whichever way
 
         async def ask(start: int) -> Embedding:
+            nonlocal at_work, answered, ended
             part = texts[start : start + CHUNK_TEXTS]
             async with room:
-                return await self._ask(facts, part, sum(map(len, part)), pb.LANE_BULK)
+                while True:
+                    before = answered
+                    at_work += 1
+                    try:
+                        answer = await self._ask(facts, part, sum(map(len, part)), pb.LANE_BULK)
+                    except Busy as error:
+                        refusal = error
+                    else:
+                        answered += 1
+                        return answer
+                    finally:
+                        at_work -= 1
+                        ended.set()
+                        ended = asyncio.Event()
+                    while answered == before:
+                        if not at_work:
+                            raise refusal
+                        await ended.wait()
 
         asked = [asyncio.ensure_future(ask(n)) for n in range(0, len(texts), CHUNK_TEXTS)]
         try:

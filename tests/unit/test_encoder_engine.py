@@ -203,6 +203,32 @@ def test_many_texts_are_asked_for_in_parts_over_all_groups(monkeypatch: pytest.M
     run(scenario())
 
 
+def test_a_request_is_never_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of 80 tokens has no room beside another one; together they are one request."""
+    monkeypatch.setattr(rpc, "CHUNK_TEXTS", 10)
+
+    async def scenario() -> None:
+        async with group("e1") as one, client(one) as encoder:
+            one.model.gate.clear()
+            texts = ["a " * 8] * 45
+            asked = asyncio.ensure_future(encoder.encode(texts, "len"))
+            await until(one.model.at_work.is_set)
+            one.model.gate.set()
+            assert (await asked).vectors[:, 0].tolist() == [8] * 45
+            one.model.gate.clear()
+            one.model.at_work.clear()
+            (running,) = await occupy(encoder, one)
+            other = asyncio.ensure_future(encoder.encode(texts[:10], "len"))
+            await until(lambda: one.engine.waiting[0] == 10)
+            with pytest.raises(Busy):  # by others
+                await encoder.encode(texts, "len")
+            one.model.gate.set()
+            await running
+            await other
+
+    run(scenario())
+
+
 def test_what_would_wait_too_long_is_refused_before_it_is_tokenized() -> None:
     engine, _ = engine_over(Lengths())
     engine._seconds_per_token = 1.0  # of a slow machine
