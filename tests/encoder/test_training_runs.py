@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from etcd_server import free_ports
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training_ranks import run_ranks, tiny_model, tiny_pairs
 
@@ -355,6 +356,39 @@ def test_what_cannot_help_is_not_tried_again(world, straight, tmp_path):
     assert status == 2
     assert output.count("There is no file") == 1
     assert "attempt 1 begins" not in output
+
+
+@pytest.mark.slow
+def test_two_agents_as_on_two_machines(world, straight, tmp_path):
+    """Each starts one of the two processes, and reads its part of the disk that they share."""
+    settings = settings_for(world, tmp_path, dp=2)
+    flags = settings.flags(without=["model", "pairs"])
+    flags += ["--model", str(settings.model), "--pairs", str(settings.pairs)]
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "run", "--rdzv-backend", "c10d"]
+    meet += ["--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}"]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "encoder.train", *flags],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [agent.communicate(timeout=300)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+    print(*said, sep="\n", file=sys.stderr)
+    assert [agent.returncode for agent in agents] == [0, 0]
+    ours, theirs = losses(tmp_path), losses(straight)
+    assert list(ours) == list(theirs)
+    assert max(abs(ours[step] - theirs[step]) for step in theirs) < 2e-3
 
 
 MODES = {
