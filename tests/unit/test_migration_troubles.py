@@ -82,7 +82,7 @@ def test_a_rate_that_changes_at_the_last_moment_is_heard(
         async def telling(self: Any, error: str | None = None) -> None:
             nonlocal calls
             await tell(self, error)
-            calls += self._progress.copied > 0
+            calls += self.progress.copied > 0
             if calls == 2:  # the first is after a page, the second before the wait for the next
                 await world.ask("POST", M, START | {"points_per_second": None})
 
