@@ -29,7 +29,7 @@ from coordinator.grpc_stream import Context, Stream, StreamKind
 from coordinator.metrics import Metrics
 from coordinator.service import Coordinator
 from shoal.api.grpc_status import DETAILS_KEY, code_of, detail_of, pack_details
-from shoal.errors import Busy, ShoalError, StartupError, Unavailable
+from shoal.errors import BodyTooLarge, Busy, ShoalError, StartupError, Unavailable
 from shoal.limits import (
     BODY_BYTES_MAX,
     GRPC_BODY_BYTES_MAX,
@@ -40,7 +40,7 @@ from shoal.limits import (
     PENDING_REQUESTS_MAX,
 )
 from shoal.telemetry import logger
-from shoal.v1 import collections_pb2, common_pb2, points_pb2
+from shoal.v1 import collections_pb2, common_pb2, migrations_pb2, points_pb2
 
 __all__ = ["GrpcApi"]
 
@@ -48,6 +48,7 @@ _log = logger("grpc")
 
 _SERVICES = (
     collections_pb2.DESCRIPTOR.services_by_name["Collections"],
+    migrations_pb2.DESCRIPTOR.services_by_name["Migrations"],
     points_pb2.DESCRIPTOR.services_by_name["Points"],
 )
 _OPTIONS = (
@@ -169,6 +170,10 @@ class GrpcApi:
             code = grpc.StatusCode.CANCELLED  # unless something else becomes of it
             try:
                 self._authorize(context, writes=call.writes)
+                if len(body) > call.bytes_max:
+                    raise BodyTooLarge(
+                        f"Payload too large: a request of {operation} may have {call.bytes_max} bytes"
+                    )
                 self.admit(len(body))
                 try:
                     request = decode(call.request, body)

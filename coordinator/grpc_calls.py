@@ -17,7 +17,9 @@ from coordinator import grpc_parse as parse
 from coordinator.describe import describe_collection
 from coordinator.grpc_render import (
     render_collection,
+    render_comparison,
     render_hits,
+    render_migration,
     render_retrieved,
     render_scroll,
 )
@@ -26,8 +28,14 @@ from coordinator.requests import AnyWrite
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
 from shoal.errors import BadRequest, InvariantError, NotFound, VectorsChanged
-from shoal.limits import GRPC_STREAM_SEARCHES_MAX, MIB, VECTORS_CHANGED_ATTEMPTS
-from shoal.v1 import collections_pb2, points_pb2
+from shoal.limits import (
+    BODY_BYTES_MAX,
+    CONFIG_BYTES_MAX,
+    GRPC_STREAM_SEARCHES_MAX,
+    MIB,
+    VECTORS_CHANGED_ATTEMPTS,
+)
+from shoal.v1 import collections_pb2, migrations_pb2, points_pb2
 from shoal.vectors import VectorFields
 
 __all__ = ["CALLS", "UnaryCall", "search", "upsert"]
@@ -191,18 +199,80 @@ async def _write(
 upsert = _of_collection(partial(_write, parse.upsert))
 
 
+# -- changing the model of a vector ---------------------------------------------------------------
+@_of_collection
+async def _start(
+    coordinator: Coordinator, request: migrations_pb2.StartMigrationRequest
+) -> migrations_pb2.MigrationStatus:
+    collection = await coordinator.catalog.find(request.collection)
+    wanted = parse.migration_of(request)
+    return render_migration(await coordinator.migrations.start(collection, request.vector, wanted))
+
+
+@_of_collection
+async def _status(
+    coordinator: Coordinator, request: migrations_pb2.MigrationStatusRequest
+) -> migrations_pb2.MigrationStatus:
+    collection = await coordinator.catalog.find(request.collection)
+    return render_migration(await coordinator.migrations.status(collection, request.vector))
+
+
+@_of_collection
+async def _compare(
+    coordinator: Coordinator, request: migrations_pb2.CompareModelsRequest
+) -> migrations_pb2.ComparedModels:
+    collection = await coordinator.catalog.find(request.collection)
+    wanted = parse.comparison_of(request)
+    return render_comparison(
+        await coordinator.migrations.compare(collection, request.vector, wanted)
+    )
+
+
+@_of_collection
+async def _switch(
+    coordinator: Coordinator, request: migrations_pb2.SwitchModelRequest
+) -> migrations_pb2.MigrationStatus:
+    collection = await coordinator.catalog.find(request.collection)
+    wanted = parse.switch_of(request)
+    return render_migration(await coordinator.migrations.switch(collection, request.vector, wanted))
+
+
+@_of_collection
+async def _rollback(
+    coordinator: Coordinator, request: migrations_pb2.RollbackModelRequest
+) -> migrations_pb2.MigrationStatus:
+    collection = await coordinator.catalog.find(request.collection)
+    return render_migration(await coordinator.migrations.rollback(collection, request.vector))
+
+
+@_of_collection
+async def _drop(
+    coordinator: Coordinator, request: migrations_pb2.DropModelRequest
+) -> migrations_pb2.MigrationStatus:
+    collection = await coordinator.catalog.find(request.collection)
+    wanted = parse.drop_of(request)
+    return render_migration(await coordinator.migrations.drop(collection, request.vector, wanted))
+
+
 # -- the table ------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class UnaryCall:
-    """writes: refused to the read-only key."""
+    """writes: refused to the read-only key. bytes_max: of the request; larger ones are not even read."""
 
     request: type[Message]
     function: Callable[[Coordinator, Any], Awaitable[Message]]
     writes: bool = False
+    bytes_max: int = BODY_BYTES_MAX
 
 
 def _writes(request: type[Message], read: Callable[[Any, VectorFields], AnyWrite]) -> UnaryCall:
     return UnaryCall(request, _of_collection(partial(_write, read)), writes=True)
+
+
+def _migrates(
+    request: type[Message], function: Callable[[Coordinator, Any], Awaitable[Message]]
+) -> UnaryCall:
+    return UnaryCall(request, function, writes=True, bytes_max=CONFIG_BYTES_MAX)
 
 
 CALLS: dict[str, UnaryCall] = {
@@ -215,6 +285,13 @@ CALLS: dict[str, UnaryCall] = {
         collections_pb2.DeleteCollectionRequest, _delete_collection, writes=True
     ),
     "shoal.v1.Collections/Exists": UnaryCall(collections_pb2.CollectionExistsRequest, _exists),
+    "shoal.v1.Migrations/Start": _migrates(migrations_pb2.StartMigrationRequest, _start),
+    "shoal.v1.Migrations/Status": UnaryCall(migrations_pb2.MigrationStatusRequest, _status),
+    # It changes nothing; it shows what others have asked.
+    "shoal.v1.Migrations/Compare": _migrates(migrations_pb2.CompareModelsRequest, _compare),
+    "shoal.v1.Migrations/Switch": _migrates(migrations_pb2.SwitchModelRequest, _switch),
+    "shoal.v1.Migrations/Rollback": _migrates(migrations_pb2.RollbackModelRequest, _rollback),
+    "shoal.v1.Migrations/Drop": _migrates(migrations_pb2.DropModelRequest, _drop),
     "shoal.v1.Points/Search": UnaryCall(points_pb2.SearchRequest, search),
     "shoal.v1.Points/SearchBatch": UnaryCall(points_pb2.SearchBatchRequest, _search_batch),
     "shoal.v1.Points/Scroll": UnaryCall(points_pb2.ScrollRequest, _scroll),

@@ -10,6 +10,7 @@ part of a message (0.1 µs each; a search has one to four parts).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
+from pydantic import BaseModel
 
 from coordinator.freshness import ANY_READ, parse_token
 from coordinator.json_body import validate
@@ -31,11 +33,11 @@ from coordinator.requests import (
     ScrollQuery,
     Text,
 )
-from shoal.api import models
+from shoal.api import migration, models
 from shoal.api.filter import Filter, parse_filter
 from shoal.batch import DenseBlock, PointBatch, unpack_bits
 from shoal.errors import BadRequest, InvalidField
-from shoal.ids import PointIds, parse_id
+from shoal.ids import PointIds, format_id, parse_id
 from shoal.json_path import parse_path
 from shoal.limits import (
     CONFIG_BYTES_MAX,
@@ -57,18 +59,21 @@ from shoal.storage_api import (
     SetPayload,
     UpdateMode,
 )
-from shoal.v1 import collections_pb2, common_pb2, points_pb2
+from shoal.v1 import collections_pb2, common_pb2, migrations_pb2, points_pb2
 from shoal.vectors import VectorFields
 from shoal.wire import ops_pb2 as wire
 
 __all__ = [
     "clear_payload",
     "collection_config",
+    "comparison_of",
     "decode",
     "delete_payload",
     "delete_points",
     "delete_vectors",
+    "drop_of",
     "filter_of",
+    "migration_of",
     "overwrite_payload",
     "query_of",
     "read_of",
@@ -76,11 +81,13 @@ __all__ = [
     "retrieve_of",
     "scroll_of",
     "set_payload",
+    "switch_of",
     "update_vectors",
     "upsert",
 ]
 
 M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=BaseModel)
 
 _FILTERS_CACHED = 1_024
 _FILTER_BYTES_CACHED = 1_024  # longer ones hold lists of ids or values, which differ each time
@@ -471,6 +478,61 @@ _HNSW: dict[str, str] = {
 
 def _hnsw(given: collections_pb2.HnswConfig) -> dict[str, int]:
     return {ours: getattr(given, name) for name, ours in _HNSW.items() if given.HasField(name)}
+
+
+# -- changing the model of a vector ---------------------------------------------------------------
+# Through the models of the HTTP API, so that bounds and messages are the same.
+def migration_of(request: migrations_pb2.StartMigrationRequest) -> migration.MigrateRequest:
+    """Raises BadRequest, InvalidField; so do the others."""
+    plain: dict[str, Any] = {"model": request.model, "text_field": request.text_field}
+    for name in ("fingerprint", "current_model"):
+        if request.HasField(name):
+            plain[name] = getattr(request, name)
+    if request.HasField("points_per_second"):
+        rate = request.points_per_second
+        if not rate >= 0:  # JSON has no NaN: it would become null, which is no bound
+            raise InvalidField(
+                "Validation error in JSON body: [points_per_second: input should be greater than or "
+                "equal to 0]"
+            )
+        plain["points_per_second"] = None if rate == math.inf else rate
+    return _validated(migration.MigrateRequest, plain)
+
+
+def comparison_of(request: migrations_pb2.CompareModelsRequest) -> migration.CompareRequest:
+    plain: dict[str, Any] = {"limit": request.limit or LIMIT_DEFAULT, "exact": request.exact}
+    given = request.given.queries
+    if request.HasField("given"):
+        plain["queries"] = [{"text": query.text, "relevant": _gains(query)} for query in given]
+    comparison = _validated(migration.CompareRequest, plain)
+    for query, sent in zip(comparison.queries or (), given, strict=True):
+        query.filter = filter_of(sent.filter)
+    return comparison
+
+
+def _gains(query: migrations_pb2.CompareModelsRequest.Query) -> dict[str, float]:
+    keys, gains = _ids(query.relevant).keys(), query.gains
+    if len(keys) != len(gains):
+        raise BadRequest(
+            f"Wrong input: number of relevant points and gains must be equal ({len(keys)} != "
+            f"{len(gains)})"
+        )
+    if len(set(keys)) != len(keys):
+        raise BadRequest("Wrong input: relevant: a point is judged twice")
+    return {str(format_id(key)): gain for key, gain in zip(keys, gains, strict=True)}
+
+
+def switch_of(request: migrations_pb2.SwitchModelRequest) -> migration.SwitchRequest:
+    return _validated(migration.SwitchRequest, {"allow_missing": request.allow_missing})
+
+
+def drop_of(request: migrations_pb2.DropModelRequest) -> migration.DropRequest:
+    plain = {"model": request.model, "allow_missing": request.allow_missing}
+    return _validated(migration.DropRequest, plain)
+
+
+def _validated(model: type[R], plain: dict[str, Any]) -> R:
+    return validate(model, msgspec.json.encode(plain))
 
 
 def _unknown_value(name: str, value: int) -> BadRequest:

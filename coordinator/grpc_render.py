@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from coordinator.catalog import Collection
-from shoal.api import models
+from shoal.api import migration, models
 from shoal.batch import PointBatch
-from shoal.ids import format_id
+from shoal.ids import PointIds, format_id, parse_id
 from shoal.metadata.schema import named_vectors
 from shoal.storage_api import Distance, Hits
-from shoal.v1 import collections_pb2, common_pb2, points_pb2
+from shoal.v1 import collections_pb2, common_pb2, migrations_pb2, points_pb2
 from shoal.vectors import Datatype
+from shoal.wire import ops_pb2 as wire
 
-__all__ = ["render_collection", "render_hits", "render_retrieved", "render_scroll"]
+__all__ = [
+    "render_collection",
+    "render_comparison",
+    "render_hits",
+    "render_migration",
+    "render_retrieved",
+    "render_scroll",
+]
 
 _DISTANCES = {
     Distance.COSINE: collections_pb2.DISTANCE_COSINE,
@@ -34,6 +42,15 @@ _STATUSES = {
     "green": collections_pb2.COLLECTION_STATUS_GREEN,
     "yellow": collections_pb2.COLLECTION_STATUS_YELLOW,
     "red": collections_pb2.COLLECTION_STATUS_RED,
+}
+_PHASES = {
+    "preparing": migrations_pb2.MIGRATION_PHASE_PREPARING,
+    "copying": migrations_pb2.MIGRATION_PHASE_COPYING,
+    "dropping": migrations_pb2.MIGRATION_PHASE_DROPPING,
+}
+_SOURCES = {
+    "given": migrations_pb2.QUERY_SOURCE_GIVEN,
+    "recorded": migrations_pb2.QUERY_SOURCE_RECORDED,
 }
 
 
@@ -103,3 +120,44 @@ def _hnsw(config: models.HnswConfig | None) -> collections_pb2.HnswConfig | None
         "full_scan_threshold_kib": config.full_scan_threshold,
     }
     return collections_pb2.HnswConfig(**{k: v for k, v in given.items() if v is not None})
+
+
+# -- changing the model of a vector ---------------------------------------------------------------
+def render_migration(status: migration.MigrationStatus) -> migrations_pb2.MigrationStatus:
+    current: Any = status.current
+    other: Any = status.other
+    return migrations_pb2.MigrationStatus(
+        phase=_PHASES[status.phase],
+        current=migrations_pb2.MigratedModel(**current),
+        other=migrations_pb2.MigratedModel(**other),
+        **status.model_dump(exclude={"phase", "current", "other"}),  # None: not set
+    )
+
+
+def render_comparison(compared: migration.Compared) -> migrations_pb2.ComparedModels:
+    answer = migrations_pb2.ComparedModels(
+        current=compared.current,
+        other=compared.other,
+        limit=compared.limit,
+        queries=compared.queries,
+        source=_SOURCES[compared.source],
+        left=compared.left,
+        overlap=migrations_pb2.Interval(**compared.overlap),
+    )
+    if (quality := compared.ndcg) is not None:
+        answer.ndcg.queries = quality.queries
+        for name in ("current", "other", "gain"):
+            interval = migrations_pb2.Interval(**getattr(quality, name))
+            getattr(answer.ndcg, name).CopyFrom(interval)
+    for answers in compared.most_different:
+        answer.most_different.add(
+            text=answers.text,
+            overlap=answers.overlap,
+            current=_ids(answers.current),
+            other=_ids(answers.other),
+        )
+    return answer
+
+
+def _ids(ids: Sequence[int | str]) -> wire.PointIds:
+    return PointIds.from_keys([parse_id(id_) for id_ in ids]).to_wire()

@@ -28,7 +28,7 @@ from shoal.ids import PointIds
 from shoal.metadata.embedded import EmbeddedStore
 from shoal.settings import CoordinatorSettings
 from shoal.storage_api import Hits, Search, ShardKey
-from shoal.v1 import collections_pb2, common_pb2, points_pb2
+from shoal.v1 import collections_pb2, common_pb2, migrations_pb2, points_pb2
 from shoal.wire import ops_pb2 as wire
 
 Search_ = points_pb2.SearchRequest
@@ -164,6 +164,7 @@ def test_every_rpc_of_the_proto_has_a_handler():
         f"{service.full_name}/{method.name}": method
         for service in (
             collections_pb2.DESCRIPTOR.services_by_name["Collections"],
+            migrations_pb2.DESCRIPTOR.services_by_name["Migrations"],
             points_pb2.DESCRIPTOR.services_by_name["Points"],
         )
         for method in service.methods
@@ -174,7 +175,8 @@ def test_every_rpc_of_the_proto_has_a_handler():
     for name, call in CALLS.items():
         assert declared[name].input_type.full_name == call.request.DESCRIPTOR.full_name
     writes = {name.partition("/")[2] for name, call in CALLS.items() if call.writes}
-    reads = {"Get", "List", "Exists", "Search", "SearchBatch", "Scroll", "Retrieve", "Count"}
+    reads = {"Get", "List", "Exists", "Status"}
+    reads |= {"Search", "SearchBatch", "Scroll", "Retrieve", "Count"}
     assert writes.isdisjoint(reads)
     assert len(writes) + len(reads) == len({name.partition("/")[2] for name in CALLS}), "Delete: 2"
 
@@ -182,7 +184,7 @@ def test_every_rpc_of_the_proto_has_a_handler():
 def test_health_and_reflection_need_no_key(tmp_path):
     async def test(world: World) -> None:
         check = world.channel.unary_unary("/grpc.health.v1.Health/Check")
-        for service in ("", "shoal.v1.Points"):
+        for service in ("", "shoal.v1.Points", "shoal.v1.Migrations"):
             asked = health_pb2.HealthCheckRequest(service=service).SerializeToString()
             said = health_pb2.HealthCheckResponse.FromString(await check(asked, timeout=20))
             assert said.status == health_pb2.HealthCheckResponse.SERVING
@@ -192,7 +194,8 @@ def test_health_and_reflection_need_no_key(tmp_path):
         await call.write(request.SerializeToString())
         listed = reflection_pb2.ServerReflectionResponse.FromString(await call.read())
         names = {service.name for service in listed.list_services_response.service}
-        assert {"shoal.v1.Points", "shoal.v1.Collections", "grpc.health.v1.Health"} <= names
+        ours = {f"shoal.v1.{name}" for name in ("Points", "Collections", "Migrations")}
+        assert ours | {"grpc.health.v1.Health"} <= names
         call.cancel()
 
     run(tmp_path, test, api_key="gold")
@@ -258,6 +261,25 @@ def test_an_error_has_a_status_and_a_detail(tmp_path):
         assert refused.code is grpc.StatusCode.INTERNAL
         assert (refused.detail.name, refused.detail.maybe_applied) == ("InternalError", True)
         assert "ZeroDivision" not in refused.message
+
+    run(tmp_path, test)
+
+
+def test_a_request_about_a_model_is_small(tmp_path):
+    """Larger ones are refused before they are read: that would hold everybody else."""
+
+    async def test(world: World) -> None:
+        text = "x" * 300_000
+        request = migrations_pb2.CompareModelsRequest(collection="c")
+        request.given.queries.add(text=text)
+        refused = await world.refused("Migrations/Compare", request)
+        assert (refused.code, refused.detail.name) == (grpc.StatusCode.NOT_FOUND, "NotFound")
+        request.given.queries.add(text=text)
+        for body in (request, b"\xff" * 600_000):
+            refused = await world.refused("Migrations/Compare", body)
+            assert refused.detail.name == "BodyTooLarge"
+            assert "Migrations/Compare may have 524288 bytes" in refused.message
+        assert world.api._metrics.in_flight == world.api._body_bytes == 0
 
     run(tmp_path, test)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 import uuid
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from google.protobuf.message import Message
 
 from coordinator import grpc_parse as parse
 from coordinator import requests
+from coordinator.json_body import validate
 from coordinator.parse import parse_upsert
+from shoal.api import migration
 from shoal.errors import BadRequest, InvalidField
 from shoal.ids import PointIds, parse_id
 from shoal.storage_api import Distance, ShardKey
-from shoal.v1 import collections_pb2, common_pb2, points_pb2
+from shoal.v1 import collections_pb2, common_pb2, migrations_pb2, points_pb2
 from shoal.vectors import VectorField, VectorFields
 from shoal.wire import ops_pb2 as wire
 
@@ -39,6 +43,11 @@ def floats(*values: float) -> bytes:
 
 def ids(*keys: int) -> wire.PointIds:
     return PointIds.from_keys(list(keys)).to_wire()
+
+
+def compared(*queries: dict[str, Any]) -> migrations_pb2.CompareModelsRequest.Queries:
+    query = migrations_pb2.CompareModelsRequest.Query
+    return migrations_pb2.CompareModelsRequest.Queries(queries=[query(**q) for q in queries])
 
 
 def plain(value: object) -> object:
@@ -197,6 +206,140 @@ def test_how_fresh_a_read_must_be():
     assert read.token == {ShardKey(1, 0): 7}
     with pytest.raises(BadRequest, match="token"):
         parse.read_of(common_pb2.ReadOptions(token="moon"))
+
+
+@pytest.mark.parametrize(
+    ("read", "message", "model", "body"),
+    [
+        (
+            parse.migration_of,
+            migrations_pb2.StartMigrationRequest(model="new", text_field="a.b"),
+            migration.MigrateRequest,
+            {"model": "new", "text_field": "a.b"},
+        ),
+        (
+            parse.migration_of,
+            migrations_pb2.StartMigrationRequest(
+                model="new",
+                text_field="t",
+                fingerprint="f",
+                current_model="old",
+                points_per_second=0,
+            ),
+            migration.MigrateRequest,
+            {
+                "model": "new",
+                "text_field": "t",
+                "fingerprint": "f",
+                "current_model": "old",
+                "points_per_second": 0,
+            },
+        ),
+        (
+            parse.migration_of,
+            migrations_pb2.StartMigrationRequest(
+                model="new", text_field="t", points_per_second=math.inf
+            ),
+            migration.MigrateRequest,
+            {"model": "new", "text_field": "t", "points_per_second": None},
+        ),
+        (
+            parse.comparison_of,
+            migrations_pb2.CompareModelsRequest(),
+            migration.CompareRequest,
+            {"limit": 10, "exact": False},
+        ),
+        (
+            parse.comparison_of,
+            migrations_pb2.CompareModelsRequest(
+                given=compared(
+                    {"text": "a"},
+                    {
+                        "text": "b",
+                        "filter": json.dumps(FILTER).encode(),
+                        "relevant": ids(7, parse_id(UUID)),
+                        "gains": [1, 0.5],
+                    },
+                ),
+                limit=3,
+                exact=True,
+            ),
+            migration.CompareRequest,
+            {
+                "queries": [
+                    {"text": "a", "relevant": {}},
+                    {"text": "b", "filter": FILTER, "relevant": {"7": 1, UUID: 0.5}},
+                ],
+                "limit": 3,
+                "exact": True,
+            },
+        ),
+        (
+            parse.switch_of,
+            migrations_pb2.SwitchModelRequest(allow_missing=True),
+            migration.SwitchRequest,
+            {"allow_missing": True},
+        ),
+        (
+            parse.drop_of,
+            migrations_pb2.DropModelRequest(model="old"),
+            migration.DropRequest,
+            {"model": "old", "allow_missing": False},
+        ),
+    ],
+)
+def test_a_change_of_model_is_what_http_makes(read, message, model, body):
+    over_http = validate(model, json.dumps(body).encode())
+    over_grpc = read(message)
+    assert over_grpc == over_http
+    assert over_grpc.model_fields_set == over_http.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"model": ""}, "model: string should have at least 1 character"),
+        ({"model": "x" * 1_025}, "model: string should have at most 1024"),
+        ({"model": "new", "fingerprint": ""}, "fingerprint: string should have at least 1"),
+        ({"model": "new"}, "text_field: string should have at least 1"),
+        ({"points_per_second": 1e7}, "less than or equal to 1000000"),
+        ({"points_per_second": -1}, "greater than or equal to 0"),
+        ({"points_per_second": -math.inf}, "greater than or equal to 0"),
+        ({"points_per_second": math.nan}, "greater than or equal to 0"),
+    ],
+)
+def test_changes_of_model_that_are_refused(request_, sentence):
+    fields = request_ if "model" in request_ else {"model": "new", "text_field": "t"} | request_
+    with pytest.raises(InvalidField, match=sentence):
+        parse.migration_of(migrations_pb2.StartMigrationRequest(**fields))
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ({"text": ""}, r"queries\.0\.text: string should have at least 1"),
+        ({"text": "a", "gains": [1]}, "0 != 1"),
+        ({"text": "a", "relevant": ids(1, 1), "gains": [1, 2]}, "judged twice"),
+        ({"text": "a", "relevant": ids(1), "gains": [-1]}, r"relevant\.1: input should be greater"),
+        ({"text": "a", "relevant": ids(1), "gains": [math.nan]}, "valid number"),
+        ({"text": "a", "relevant": wire.PointIds(ints=b"12")}, "no packed ids"),
+        ({"text": "a", "filter": b"{"}, "Format error"),
+        ({"text": "a", "filter": b'{"mist": []}'}, "mist"),
+    ],
+)
+def test_comparisons_that_are_refused(query, sentence):
+    with pytest.raises(BadRequest, match=sentence):
+        parse.comparison_of(migrations_pb2.CompareModelsRequest(given=compared(query)))
+
+
+def test_how_much_is_compared():
+    for message, sentence in (
+        (migrations_pb2.CompareModelsRequest(given=compared()), "at least 1 item"),
+        (migrations_pb2.CompareModelsRequest(given=compared(*[{"text": "a"}] * 1_001)), "1000"),
+        (migrations_pb2.CompareModelsRequest(limit=1_001), "limit: input should be less"),
+    ):
+        with pytest.raises(InvalidField, match=sentence):
+            parse.comparison_of(message)
 
 
 def test_a_collection_is_what_http_makes():

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from coordinator.app import create_app
+from coordinator.grpc_calls import CALLS
 from coordinator.router import LocalNodes, Router
 from coordinator.service import Coordinator
 from shoal import limits
@@ -30,6 +31,7 @@ from shoal.metadata.embedded import EmbeddedStore
 from shoal.metadata.schema import LOCAL_NODE
 from shoal.settings import CoordinatorSettings, StorageSettings
 from shoal.storage_api import Read
+from shoal.v1 import migrations_pb2
 from storage_node.node import StorageNode
 
 READY = HealthReport(Health.GREEN, True, True, (), (), None, 0.0)
@@ -257,6 +259,30 @@ def test_from_one_model_to_another_and_back(tmp_path: Path) -> None:
         assert "bound to the model org/new" in await world.query(doc("t3", "old"), status=400)
         assert {len(p["vector"]["v"]) for p in await world.query(doc("t3"))} == {6}
         assert all(set(vectors) <= {"v\x1f1", "w"} for vectors in (await world.stored()).values())
+
+    run(tmp_path, test)
+
+
+def test_over_grpc_a_collection_that_was_made_anew_meanwhile(tmp_path: Path) -> None:
+    """The shards that a late coordinator knows are gone: it reads the record, and asks again."""
+
+    async def test(world: World) -> None:
+        await world.create()
+        await world.put(point(1, doc("one"), text="one"), point(2, doc("two"), text="two"))
+        await world.ask("POST", M, START | {"points_per_second": 0})
+        catalog = world.coordinator.catalog
+        old = catalog.get("c")
+        await world.ask("DELETE", C)
+        await world.create()
+        await world.put(point(1, doc("one"), text="one"))
+        await world.ask("POST", M, START | {"points_per_second": 0})
+        catalog._collections["c"] = old
+        asked = migrations_pb2.MigrationStatusRequest(collection="c", vector="v")
+        call = CALLS["shoal.v1.Migrations/Status"]
+        said = await call.function(world.coordinator, asked)
+        assert isinstance(said, migrations_pb2.MigrationStatus)
+        assert said.points == 1
+        assert catalog.get("c").record.id != old.record.id
 
     run(tmp_path, test)
 
