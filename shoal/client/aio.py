@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from google.protobuf.message import Message
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from shoal.client import decode, encode
 from shoal.client.core import DEFAULT_PORT, Core, parse_addresses
 from shoal.client.encode import Filter
+from shoal.client.migration import AsyncMigration
 from shoal.client.retry import RetryPolicy
 from shoal.client.seen import Seen
 from shoal.client.upload import upload_batches
@@ -39,9 +40,6 @@ from shoal.limits import GRPC_STREAM_SEARCHES_MAX
 from shoal.v1 import collections_pb2, common_pb2, points_pb2
 
 __all__ = ["AsyncClient"]
-
-M = TypeVar("M", bound=Message)
-A = TypeVar("A", bound=Message)
 
 _MODES = {
     "upsert": points_pb2.UPDATE_MODE_UPSERT,
@@ -149,32 +147,34 @@ class AsyncClient:
         self._seen.forget(name)
         request = collections_pb2.CreateCollectionRequest(name=name, config=config)
         answer = collections_pb2.CreateCollectionResponse
-        await self._change("Collections/Create", request, answer, timeout_s)
+        await self._core.change("Collections/Create", request, answer, timeout_s)
 
     async def get_collection(self, name: str, *, timeout_s: float | None = None) -> CollectionInfo:
         """Raises NotFound."""
         request = collections_pb2.GetCollectionRequest(name=name)
         answer = collections_pb2.CollectionInfo
         return decode.collection_info(
-            await self._ask("Collections/Get", request, answer, timeout_s)
+            await self._core.ask("Collections/Get", request, answer, timeout_s)
         )
 
     async def list_collections(self, *, timeout_s: float | None = None) -> list[str]:
         """Names, in order."""
         request = collections_pb2.ListCollectionsRequest()
         answer = collections_pb2.ListCollectionsResponse
-        return list((await self._ask("Collections/List", request, answer, timeout_s)).names)
+        return list((await self._core.ask("Collections/List", request, answer, timeout_s)).names)
 
     async def collection_exists(self, name: str, *, timeout_s: float | None = None) -> bool:
         request = collections_pb2.CollectionExistsRequest(name=name)
         answer = collections_pb2.CollectionExistsResponse
-        return (await self._ask("Collections/Exists", request, answer, timeout_s)).exists
+        return (await self._core.ask("Collections/Exists", request, answer, timeout_s)).exists
 
     async def delete_collection(self, name: str, *, timeout_s: float | None = None) -> bool:
         """False: there was none."""
         request = collections_pb2.DeleteCollectionRequest(name=name)
         answer = collections_pb2.DeleteCollectionResponse
-        deleted = (await self._change("Collections/Delete", request, answer, timeout_s)).deleted
+        deleted = (
+            await self._core.change("Collections/Delete", request, answer, timeout_s)
+        ).deleted
         self._seen.forget(name)
         return deleted
 
@@ -282,7 +282,7 @@ class AsyncClient:
                 search.CopyFrom(request)
                 search.vector = encode.vector_bytes(row)
                 search.model = model
-            answer = await self._ask(
+            answer = await self._core.ask(
                 "Points/SearchBatch", batch, points_pb2.SearchBatchResponse, timeout_s
             )
             found += map(decode.hits, answer.results)
@@ -356,7 +356,7 @@ class AsyncClient:
         )
         answer = points_pb2.RetrieveResponse
         return decode.points(
-            (await self._ask("Points/Retrieve", request, answer, timeout_s)).points
+            (await self._core.ask("Points/Retrieve", request, answer, timeout_s)).points
         )
 
     async def scroll(
@@ -384,7 +384,7 @@ class AsyncClient:
             read=self._read(collection, consistency),
         )
         answer = points_pb2.ScrollResponse
-        return decode.page(await self._ask("Points/Scroll", request, answer, timeout_s))
+        return decode.page(await self._core.ask("Points/Scroll", request, answer, timeout_s))
 
     async def iterate(
         self,
@@ -428,7 +428,7 @@ class AsyncClient:
             read=self._read(collection, consistency),
         )
         answer = points_pb2.CountResponse
-        return (await self._ask("Points/Count", request, answer, timeout_s)).count
+        return (await self._core.ask("Points/Count", request, answer, timeout_s)).count
 
     # -- writing points ---------------------------------------------------------------------------
     async def upsert(
@@ -650,36 +650,6 @@ class AsyncClient:
         )
         return await self._write("Points/ClearPayload", collection, request, idempotent, timeout_s)
 
-    # -- calls ------------------------------------------------------------------------------------
-    async def _ask(
-        self, method: str, request: Message, answer: type[A], timeout_s: float | None
-    ) -> A:
-        """A read."""
-        return await self._core.run(
-            lambda connection, left: connection.call(
-                method, request, answer, timeout_s=left, writes=False
-            ),
-            timeout_s=timeout_s,
-        )
-
-    async def _change(
-        self,
-        method: str,
-        request: Message,
-        answer: type[A],
-        timeout_s: float | None,
-        *,
-        idempotent: bool = False,
-    ) -> A:
-        return await self._core.run(
-            lambda connection, left: connection.call(
-                method, request, answer, timeout_s=left, writes=True
-            ),
-            writes=True,
-            idempotent=idempotent,
-            timeout_s=timeout_s,
-        )
-
     async def _write(
         self,
         method: str,
@@ -689,6 +659,11 @@ class AsyncClient:
         timeout_s: float | None,
     ) -> WriteResult:
         answer = points_pb2.WriteResult
-        written = await self._change(method, request, answer, timeout_s, idempotent=idempotent)
+        written = await self._core.change(method, request, answer, timeout_s, idempotent=idempotent)
         self._seen.remember(collection, written.token)
         return decode.write_result(written)
+
+    # -- changing the model of a vector -----------------------------------------------------------
+    def migration(self, collection: str, vector: str = "") -> AsyncMigration:
+        """The change of the model of a vector, to begin or under way. Asks nobody yet."""
+        return AsyncMigration(self._core, collection, vector)

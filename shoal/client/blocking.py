@@ -1,6 +1,6 @@
 """`Client`: `AsyncClient` for programs without an event loop. It has one, in a thread of its own.
 
-Every method is the one of AsyncClient with its signature and its documentation, made by `_blocking`;
+Every method is the asynchronous one with its signature and its documentation, made by `_blocking`;
 there is no second implementation.
 """
 
@@ -11,17 +11,19 @@ import functools
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from shoal.client.aio import AsyncClient
 from shoal.client.core import DEFAULT_PORT
+from shoal.client.migration import AsyncMigration
 from shoal.client.retry import RetryPolicy
 from shoal.errors import Unavailable
 
-__all__ = ["Client"]
+__all__ = ["Client", "Migration"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 class _Loop:
@@ -59,23 +61,30 @@ class _Loop:
             self._thread.join()
 
 
+class _Twin(Generic[C]):
+    """What a blocking class has: the asynchronous object, and the loop that it lives on."""
+
+    def __init__(self, client: C, loop: _Loop) -> None:
+        self._client, self._loop = client, loop
+
+
 def _blocking(
-    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[Client, P], T]:
+    method: Callable[Concatenate[C, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[_Twin[C], P], T]:
     """The method that waits for the end of `method`."""
 
     @functools.wraps(method)
-    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self: _Twin[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._loop.wait_for(method(self._client, *args, **kwargs))
 
     return call
 
 
 def _iterating(
-    method: Callable[Concatenate[AsyncClient, P], AsyncIterator[T]],
-) -> Callable[Concatenate[Client, P], Iterator[T]]:
+    method: Callable[Concatenate[C, P], AsyncIterator[T]],
+) -> Callable[Concatenate[_Twin[C], P], Iterator[T]]:
     @functools.wraps(method)
-    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def call(self: _Twin[C], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         items = method(self._client, *args, **kwargs)
 
         async def following() -> tuple[T] | None:
@@ -90,7 +99,30 @@ def _iterating(
     return call
 
 
-class Client:
+class Migration(_Twin[AsyncMigration]):
+    """The change of the model of one vector; `Client.migration` makes it. It is a name, and holds
+    nothing: all state is the server's, so any client may go on with what another began.
+
+        change = client.migration("notes")
+        change.start("mine", "text")
+        change.wait(timeout_s=3600)
+        print(change.compare())
+        change.switch()
+        change.drop("all-MiniLM-L6-v2")  # until then: rollback
+
+    Retries and keys are those of `AsyncMigration`.
+    """
+
+    start = _blocking(AsyncMigration.start)
+    status = _blocking(AsyncMigration.status)
+    wait = _blocking(AsyncMigration.wait)
+    compare = _blocking(AsyncMigration.compare)
+    switch = _blocking(AsyncMigration.switch)
+    rollback = _blocking(AsyncMigration.rollback)
+    drop = _blocking(AsyncMigration.drop)
+
+
+class Client(_Twin[AsyncClient]):
     """A client of one server or of any coordinators of a cluster. Safe to use from many threads.
 
         with Client("localhost:6334") as client:
@@ -111,7 +143,7 @@ class Client:
         retry: RetryPolicy | None = None,
         in_flight_max: int = 256,
     ) -> None:
-        self._client = AsyncClient(
+        client = AsyncClient(
             addresses,
             api_key=api_key,
             tls=tls,
@@ -120,7 +152,7 @@ class Client:
             retry=retry,
             in_flight_max=in_flight_max,
         )
-        self._loop = _Loop()
+        super().__init__(client, _Loop())
         # also when nobody closes it: at the end of the program the loop must not be in a call
         self._finalizer = weakref.finalize(self, self._loop.stop)
 
@@ -160,3 +192,7 @@ class Client:
     overwrite_payload = _blocking(AsyncClient.overwrite_payload)
     delete_payload = _blocking(AsyncClient.delete_payload)
     clear_payload = _blocking(AsyncClient.clear_payload)
+
+    def migration(self, collection: str, vector: str = "") -> Migration:
+        """The change of the model of a vector, to begin or under way. Asks nobody yet."""
+        return Migration(self._client.migration(collection, vector), self._loop)

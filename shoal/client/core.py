@@ -7,6 +7,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from google.protobuf.message import Message
+
 from shoal.client.connection import Connection
 from shoal.client.retry import Retries, RetryPolicy
 from shoal.errors import BadRequest, ShoalError, TimedOut, Unavailable
@@ -14,6 +16,7 @@ from shoal.errors import BadRequest, ShoalError, TimedOut, Unavailable
 __all__ = ["DEFAULT_PORT", "Core", "parse_addresses"]
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Message)
 DEFAULT_PORT = 6334
 _ROUND_PAUSE_S = 0.1  # between looking at all addresses and looking at all of them again
 
@@ -56,7 +59,7 @@ class Core:
         self._addresses = list(addresses)
         self._metadata = () if api_key is None else (("api-key", api_key),)
         self._tls = tls
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._retries = Retries(retry, dice)
         self._room = asyncio.Semaphore(in_flight_max)
@@ -77,7 +80,7 @@ class Core:
         if self._closed:
             raise Unavailable("this client is closed")
         clock = asyncio.get_running_loop().time
-        seconds = self._timeout_s if timeout_s is None else timeout_s
+        seconds = self.timeout_s if timeout_s is None else timeout_s
         deadline = clock() + seconds
         self._retries.earn()
         try:
@@ -108,6 +111,36 @@ class Core:
                 await asyncio.sleep(pause_s)
         finally:
             self._room.release()
+
+    async def ask(
+        self, method: str, request: Message, answer: type[A], timeout_s: float | None
+    ) -> A:
+        """One unary call that reads."""
+        return await self.run(
+            lambda connection, left: connection.call(
+                method, request, answer, timeout_s=left, writes=False
+            ),
+            timeout_s=timeout_s,
+        )
+
+    async def change(
+        self,
+        method: str,
+        request: Message,
+        answer: type[A],
+        timeout_s: float | None,
+        *,
+        idempotent: bool = False,
+    ) -> A:
+        """One unary call that writes."""
+        return await self.run(
+            lambda connection, left: connection.call(
+                method, request, answer, timeout_s=left, writes=True
+            ),
+            writes=True,
+            idempotent=idempotent,
+            timeout_s=timeout_s,
+        )
 
     async def _connected(self, within_s: float) -> Connection:
         """A connection that stands. Raises Unavailable: nothing was sent."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -13,7 +15,16 @@ import numpy as np
 import pytest
 
 from shoal.api.grpc_status import DETAILS_KEY, code_of, detail_of, pack_details
-from shoal.client import AsyncClient, Batch, Client, RetryPolicy
+from shoal.client import (
+    AsyncClient,
+    AsyncMigration,
+    Batch,
+    Client,
+    MigratedModel,
+    Migration,
+    MigrationStatus,
+    RetryPolicy,
+)
 from shoal.errors import (
     BadRequest,
     BodyTooLarge,
@@ -23,7 +34,7 @@ from shoal.errors import (
     TimedOut,
     Unavailable,
 )
-from shoal.v1 import points_pb2
+from shoal.v1 import migrations_pb2, points_pb2
 
 QUICK = RetryPolicy(pause_s=0.001, pause_s_max=0.002)
 HANG, CUT = object(), object()  # never answer; end the connection without a word of ours
@@ -54,14 +65,18 @@ class Scripted:
             "Delete": (points_pb2.DeletePointsRequest, points_pb2.WriteResult(token="1.0:6")),
             "Count": (points_pb2.CountRequest, points_pb2.CountResponse(count=7)),
         }
-        handlers: dict[str, Any] = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._unary(name, answer),
-                kind.FromString,
-                lambda message: message.SerializeToString(),
-            )
-            for name, (kind, answer) in kinds.items()
-        }
+
+        def unary(kinds: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: grpc.unary_unary_rpc_method_handler(
+                    self._unary(name, answer),
+                    kind.FromString,
+                    lambda message: message.SerializeToString(),
+                )
+                for name, (kind, answer) in kinds.items()
+            }
+
+        handlers = unary(kinds)
         handlers["SearchStream"] = grpc.stream_stream_rpc_method_handler(
             self._searches,
             points_pb2.SearchStreamRequest.FromString,
@@ -72,8 +87,22 @@ class Scripted:
             points_pb2.UpsertStreamRequest.FromString,
             points_pb2.UpsertStreamResponse.SerializeToString,
         )
+        status = migrations_pb2.MigrationStatus(
+            phase=migrations_pb2.MIGRATION_PHASE_COPYING, started_at="2026-01-01T00:00:00+00:00"
+        )
+        migrations = {
+            "Start": (migrations_pb2.StartMigrationRequest, status),
+            "Status": (migrations_pb2.MigrationStatusRequest, status),
+            "Compare": (migrations_pb2.CompareModelsRequest, migrations_pb2.ComparedModels()),
+            "Switch": (migrations_pb2.SwitchModelRequest, status),
+            "Rollback": (migrations_pb2.RollbackModelRequest, status),
+            "Drop": (migrations_pb2.DropModelRequest, status),
+        }
         self.server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("shoal.v1.Points", handlers),)
+            (
+                grpc.method_handlers_generic_handler("shoal.v1.Points", handlers),
+                grpc.method_handlers_generic_handler("shoal.v1.Migrations", unary(migrations)),
+            )
         )
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
@@ -198,6 +227,76 @@ def test_a_write_that_did_not_happen_is_repeated():
         assert server.calls == ["Upsert"] * 3
 
     run([Unavailable("x"), Busy("x", retry_after_s=0.001)], test=test)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("Start", lambda migration: migration.start("new", "text")),
+        ("Switch", lambda migration: migration.switch()),
+        ("Rollback", lambda migration: migration.rollback()),
+        ("Drop", lambda migration: migration.drop("old")),
+    ],
+)
+def test_a_change_of_model_in_doubt_is_not_repeated(name, change):
+    async def test(client: AsyncClient, server: Scripted) -> None:
+        migration = client.migration("c", "v")
+        with pytest.raises(Unavailable) as caught:
+            await change(migration)
+        assert caught.value.maybe_applied
+        await change(migration)
+        assert server.calls == [name] * 3
+        assert {(request.collection, request.vector) for request in server.requests} == {("c", "v")}
+
+    run([CUT, Unavailable("it has certainly not happened")], test=test)
+
+
+def test_questions_about_a_change_of_model_are_repeated():
+    async def test(client: AsyncClient, server: Scripted) -> None:
+        migration = client.migration("c")
+        assert (await migration.status()).phase == "copying"
+        assert (await migration.compare(["a"])).ndcg is None
+        assert server.calls == ["Status"] * 3 + ["Compare"] * 2
+
+    run([CUT, Unavailable("x"), None, Busy("x", retry_after_s=0.001)], test=test)
+
+
+def test_to_wait_for_a_copy_ends():
+    async def test(client: AsyncClient, server: Scripted) -> None:
+        with pytest.raises(TimedOut, match=r"0 points of `c` still lack.*copying") as caught:
+            await client.migration("c").wait(timeout_s=0.2)  # no answer ever has a count
+        assert not caught.value.maybe_applied
+        assert 2 <= len(server.calls) <= 4
+        server.script.append(NotFound("it is over"))
+        with pytest.raises(NotFound, match="over"):
+            await client.migration("c").wait(timeout_s=20)
+
+    run([], test=test)
+
+
+@pytest.mark.parametrize(
+    ("status", "copied"),
+    [
+        ({"left": 0}, True),
+        ({"left": 3}, False),
+        ({"left": 3, "without_text": 3}, True),
+        ({"left": 0, "only_other": 2}, True),
+        ({"left": 0, "only_other": 2, "complete": True}, False),
+        ({"left": 1, "only_other": 2, "complete": True, "without_text": 3}, True),
+        ({"left": 0, "phase": "preparing"}, False),
+        ({"left": 0, "phase": "dropping"}, False),
+        ({}, False),
+    ],
+)
+def test_when_everything_is_copied(status, copied):
+    one = MigratedModel("one", None, 2)
+    plain = {"phase": "copying", "complete": False} | status
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    about = {"current": one, "other": one, "text_field": "t", "started_at": began}
+    assert (
+        MigrationStatus(vector="", switched=False, recorded_queries=0, **about, **plain).copied
+        is copied
+    )
 
 
 def test_a_deadline_of_a_write_leaves_it_in_doubt():
@@ -488,8 +587,25 @@ def test_a_client_that_is_closed_during_a_pause_sends_nothing_more():
     run([Unavailable("not now")], test=test, retry=RetryPolicy(pause_s=0.2))
 
 
+@pytest.mark.parametrize(
+    ("asynchronous", "blocking"), [(AsyncClient, Client), (AsyncMigration, Migration)]
+)
+def test_the_blocking_face_has_everything(asynchronous, blocking):
+    def public(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert public(blocking) == public(asynchronous)
+    for name in public(blocking):
+        one, other = getattr(asynchronous, name), getattr(blocking, name)
+        assert inspect.signature(one).parameters == inspect.signature(other).parameters, name
+        assert other.__doc__ or not one.__doc__, name
+        assert not inspect.iscoroutinefunction(other)
+
+
 def test_a_closed_blocking_client_says_so():
     client = Client("127.0.0.1:1")
     client.close()
     with pytest.raises(Unavailable, match="this client is closed"):
         client.count("c")
+    with pytest.raises(Unavailable, match="this client is closed"):
+        client.migration("c").status()
