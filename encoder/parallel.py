@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
@@ -49,6 +51,7 @@ __all__ = [
     "join_fused",
     "join_group",
     "make_mesh",
+    "name_of_attempt",
     "parameter_bytes",
     "parameter_count",
     "split_fused",
@@ -57,6 +60,7 @@ __all__ = [
 
 SCHEDULES_MAX = 64  # shapes of batches whose schedules are kept
 MICRO_BATCH_ROWS_MIN = 8  # smaller products waste more than the pipeline wins
+HELLO_S = 0.02  # between two looks whether the first process is there
 _DIMENSIONS = ("dp", "pp", "tp")
 
 
@@ -85,17 +89,47 @@ def join_group(*, timeout_s: float, device: str) -> None:
     read the address of one that is dead from the store, and wait for it.
     """
     store, rank, size = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = name_of_attempt(store, rank, size, timeout_s=timeout_s)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
         # What stays in the memory of the CPU, such as a parameter server's messages, goes by gloo.
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=PrefixStore(f"attempt{attempt}", store),
+        store=PrefixStore(attempt, store),
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+
+
+def name_of_attempt(store: Store, rank: int, size: int, *, timeout_s: float) -> str:
+    """A new name that all processes of this attempt get, and none of another. Collective; processes of
+    the attempt before are dead, what they wrote is still in the store.
+
+        rank 0   name = N               waits for hello/N/1 = A    welcome/A
+        rank 1   reads name, hello/N/1 = A, until there is welcome/A; else reads name again
+
+    torchrun's own count would not do over several machines: an agent whose processes are well when one
+    ends elsewhere starts them again without counting (tried: they never meet).
+    """
+    store.set_timeout(datetime.timedelta(seconds=timeout_s))
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("name", own)
+        for other in range(1, size):
+            store.set(f"welcome/{store.get(f'hello/{own}/{other}').decode()}", own)
+        return own
+    began = time.monotonic()
+    while True:
+        name = store.get("name").decode()
+        store.set(f"hello/{name}/{rank}", own)
+        if store.check([f"welcome/{own}"]):
+            return store.get(f"welcome/{own}").decode()
+        if time.monotonic() > began + timeout_s:
+            raise dist.DistStoreError(
+                f"Timed out after {timeout_s:g} s: the first process is away."
+            )
+        time.sleep(HELLO_S)
 
 
 def make_mesh(layout: Layout, device: str) -> DeviceMesh:

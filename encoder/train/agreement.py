@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
-from shoal.errors import ShoalError
+from shoal.errors import SettingsError, ShoalError
 
-__all__ = ["StopSignal", "agreed", "any_of"]
+__all__ = ["StopSignal", "agreed", "alike", "any_of"]
 
 
 def agreed(does: Callable[[], None]) -> str | None:
@@ -37,6 +37,23 @@ def agreed(does: Callable[[], None]) -> str | None:
             found[0] = f"{error}."
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def alike(values: Mapping[str, Any]) -> None:
+    """Raises SettingsError, in all processes, when not all were told the same. Collective.
+
+    Somebody starts them on each machine: other flags there, or another file with pairs, would not stop
+    the run. It would learn something else, or what is held out.
+    """
+    every: list[Mapping[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, values)
+    for rank, theirs in enumerate(every):
+        for key, value in every[0].items():
+            if theirs.get(key) != value:
+                raise SettingsError(
+                    f"Process 0 was started with {key} {value!r}, process {rank} with "
+                    f"{theirs.get(key)!r}. Give all the same flags, and the same files."
+                )
 
 
 def any_of(flags: tuple[bool, ...], device: torch.device) -> tuple[bool, ...]:

@@ -115,12 +115,13 @@ class Checkpoints:
     def load(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed:
         """Put the last checkpoint into both; step 0 when there is none. Raises SettingsError when
         it cannot be read."""
-        if not self._latest.is_file():
+        written = self._note()
+        if not written:
             return Resumed(0, {})
         model, moments = get_state_dict(network, optimizer, options=_OPTIONS)
         state: dict[str, Any] = {"model": model, "optimizer": moments}
         try:
-            note = json.loads(self._latest.read_text(encoding="utf-8"))
+            note = json.loads(written)
             step, source = int(note["step"]), self._folder / note["name"]
             state_dict_loader.load(state, checkpoint_id=source)
             file = _own_file(source)
@@ -139,6 +140,21 @@ class Checkpoints:
             options=_OPTIONS,
         )
         return Resumed(step, own)
+
+    def _note(self) -> str:
+        """What the first process reads in latest.json, in all; "" when there is none. A disk over the
+        network may show others for a while what was there before, and they would start elsewhere."""
+        found = [""]
+
+        def read() -> None:
+            if self._latest.is_file():
+                found[0] = self._latest.read_text(encoding="utf-8", errors="replace")
+
+        problem = agreed(read)
+        if problem is not None:
+            raise SettingsError(f"The checkpoint in {self._folder} cannot be read: {problem}")
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
 
 def _empty_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -54,7 +55,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """No query and no positive of `held_out` is in `train`."""
+    """No query and no positive of `held_out` is a text of `train`, in whatever place."""
 
     train: list[Pair]
     held_out: list[Pair]
@@ -226,8 +227,9 @@ def _text(value: object, name: str, where: str) -> str:
 def split_by_query(pairs: Sequence[Pair], *, queries: int, seed: int) -> Split:
     """Hold out all pairs of `queries` queries.
 
-    Which ones depends on their texts and the seed only, not on their order. Pairs whose positive is
-    held out with another query leave the training side too: the model must not have seen the answers.
+    Which ones depends on their texts and the seed only, not on their order. The model must not have
+    seen the answers: pairs that have one leave the training side too, also those that ask the other way
+    round (of two questions that mean the same, each may be the query), and so do negatives that are one.
     Raises SettingsError when fewer than half of the queries would be left to learn from.
     """
     every = sorted({pair.query for pair in pairs}, key=lambda query: _order(query, seed))
@@ -238,11 +240,22 @@ def split_by_query(pairs: Sequence[Pair], *, queries: int, seed: int) -> Split:
         )
     chosen = set(every[:queries])
     held_out = [pair for pair in pairs if pair.query in chosen]
-    answers = {pair.positive for pair in held_out}
-    train = [p for p in pairs if p.query not in chosen and p.positive not in answers]
+    unseen = chosen | {pair.positive for pair in held_out}
+    train = [
+        _without(pair, unseen)
+        for pair in pairs
+        if pair.query not in unseen and pair.positive not in unseen
+    ]
     if not train:
         raise SettingsError("Every pair shares its query or positive with one that is held out.")
     return Split(train, held_out)
+
+
+def _without(pair: Pair, unseen: AbstractSet[str]) -> Pair:
+    if unseen.isdisjoint(pair.negatives):
+        return pair
+    left = tuple(text for text in pair.negatives if text not in unseen)
+    return Pair(pair.query, pair.positive, left)
 
 
 def judged_documents(split: Split, *, documents_max: int, seed: int) -> Judged:

@@ -1,6 +1,7 @@
 """--out, the folder of a run: whose it is, and that one run at a time writes to it.
 
 OUT/run.json     what a run must share with the one that was here before, to go on from it
+OUT/seen-*       for a moment: whether all processes see the same folder
 OUT/lock         held by flock while a run writes; the kernel frees it when the process ends
 OUT/NAME/        the model at the end (encoder/train/saving.py)
 """
@@ -11,11 +12,15 @@ import contextlib
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from encoder.train.agreement import agreed
+import torch
+import torch.distributed as dist
+
+from encoder.train.agreement import agreed, any_of
 from shoal.errors import SettingsError
 
 __all__ = ["claimed"]
@@ -27,9 +32,12 @@ def claimed(out: Path, name: str, fixed: Mapping[str, Any]) -> Iterator[None]:
 
     fixed   what a run must agree on with one that was here before, as JSON knows it.
     Raises SettingsError, in all processes, when another run's files are here, another run is at work,
-    OUT/NAME is something else than a model of this run, or nothing can be written.
+    OUT/NAME is something else than a model of this run, nothing can be written, or a process on another
+    machine does not see what the first one writes.
     """
     locks: list[int] = []
+    mark: list[str] = [f"seen-{uuid.uuid4().hex}"]  # no disk can remember that it was not there
+    dist.broadcast_object_list(mark, src=0)
 
     def claim() -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -40,11 +48,19 @@ def claimed(out: Path, name: str, fixed: Mapping[str, Any]) -> Iterator[None]:
         scratch = out / "run.json.tmp"
         scratch.write_text(json.dumps(dict(fixed), indent=1) + "\n", encoding="utf-8")
         scratch.replace(out / "run.json")
+        (out / mark[0]).touch()
 
     try:
         problem = agreed(claim)
         if problem is not None:
             raise SettingsError(problem)
+        (lost,) = any_of((not (out / mark[0]).is_file(),), torch.device("cpu"))
+        agreed((out / mark[0]).unlink)
+        if lost:
+            raise SettingsError(
+                f"What process 0 writes to {out} is not seen by all. Give an --out on a disk that all "
+                "machines share: a checkpoint is of use only when all of its parts are there."
+            )
         yield
     finally:
         for lock in locks:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from encoder.model import quiet_and_offline
 from encoder.parallel import Layout, device_type, join_group, make_mesh
-from encoder.train.agreement import StopSignal, agreed, any_of
+from encoder.train.agreement import StopSignal, agreed, alike, any_of
 from encoder.train.checkpoints import Checkpoints
 from encoder.train.data import Pair
 from encoder.train.errors import Stopped, TrainingFailed
@@ -63,6 +63,7 @@ def train(settings: TrainSettings, on_step: Callable[[int], None] | None = None)
     quiet_and_offline()
     with _process_group(settings):
         inputs = Inputs.read(settings)
+        alike({**settings.of_all(), "pairs": inputs.digest})
         torch.manual_seed(settings.seed)
         with claimed(settings.out, settings.name, inputs.fixed(settings)), StopSignal() as stop:
             run = _Run(settings, inputs, stop, on_step)

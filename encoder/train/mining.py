@@ -70,7 +70,8 @@ def mined(client: Client, mine: Mine, pairs: Sequence[Pair]) -> Iterator[Pair]:
                 limit=mine.depth,
                 with_payload=[mine.text_field],
             )
-            found[pair.query] = [str((hit.payload or {}).get(mine.text_field, "")) for hit in hits]
+            texts = [(hit.payload or {}).get(mine.text_field) for hit in hits]
+            found[pair.query] = [text for text in texts if isinstance(text, str)]
         yield replace(
             pair, negatives=choose_negatives(found[pair.query], known[pair.query], mine, dice)
         )

@@ -198,6 +198,9 @@ def _smooth(values: list[float]) -> list[float]:
 def commit() -> str:
     """Version and, in a checkout, the commit of the code that trains."""
     root = Path(__file__).resolve().parents[2]
+    # Where Shoal is installed, git would look further up, and name the commit of another project.
+    if not (root / ".git").exists():
+        return f"shoal {VERSION}"
     try:
         found = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],

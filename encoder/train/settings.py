@@ -38,6 +38,9 @@ _SAME_TO_RESUME = (
     ),
 )
 
+# What each machine may have in a place of its own, and how patient it is.
+_OF_A_MACHINE = ("model", "pairs", "out", "max_restarts", "timeout_s")
+
 # The least that a number may be, and names in --out that no model may take.
 _AT_LEAST: dict[int, tuple[str, ...]] = {
     8: ("max_tokens",),
@@ -173,6 +176,10 @@ class TrainSettings:
         """What must be equal for a run to go on from a checkpoint of another."""
         values = asdict(self)
         return {name: values[name] for name in _SAME_TO_RESUME}
+
+    def of_all(self) -> dict[str, Any]:
+        """What must be equal in all processes of a run."""
+        return {_flag(k): v for k, v in asdict(self).items() if k not in _OF_A_MACHINE}
 
     def flags(self, *, without: Sequence[str] = ()) -> list[str]:
         """The flags that say what differs from the defaults, and the seed; paths by their last

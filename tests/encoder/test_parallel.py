@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -28,6 +30,7 @@ from encoder.parallel import (  # noqa: E402
     join_group,
     make_mesh,
     micro_batches,
+    name_of_attempt,
     parameter_bytes,
     split_fused,
 )
@@ -39,6 +42,25 @@ TOLERANCE = 1e-5
 
 def pooling_of(model_type: str) -> str:
     return "lasttoken" if model_type == "qwen3" else "mean"
+
+
+def test_processes_of_an_attempt_meet_whatever_was_written_before_it():
+    store = dist.HashStore()
+
+    def meet(*ranks: int) -> list[str]:
+        def arrive(rank: int) -> str:
+            return name_of_attempt(store, rank, 3, timeout_s=1 if len(ranks) < 3 else 60)
+
+        with ThreadPoolExecutor(3) as threads:
+            return [found.result() for found in [threads.submit(arrive, rank) for rank in ranks]]
+
+    names = {*meet(1, 2, 0)}
+    assert len(names) == 1
+    for some in ((0, 1), (1, 2)):  # the others have died before they came
+        with pytest.raises(RuntimeError, match=r"[Tt]ime"):
+            meet(*some)
+    assert len(later := {*meet(1, 2, 0)}) == 1
+    assert names != later
 
 
 def compare_families(tp: int, pp: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from encoder.train import mining
 from encoder.train.data import Pair, read_pairs
-from encoder.train.mining import Mine, choose_negatives
+from encoder.train.mining import Mine, choose_negatives, mined
 from shoal.client import Client, Texts, VectorParams
 from shoal.errors import SettingsError
 
@@ -29,6 +31,13 @@ def test_negatives_are_near_and_not_known_to_fit():
         assert len(chosen) == 2 == len(set(chosen))
         assert set(chosen) <= {"near", "other", "nearer"}
     assert choose_negatives(["answer"], {"answer"}, mine, random.Random(1)) == ()
+
+
+def test_a_payload_without_a_text_is_no_negative():
+    hits = [SimpleNamespace(payload=p) for p in (None, {}, {"t": None}, {"t": 7}, {"t": "near"})]
+    client: Any = SimpleNamespace(search=lambda *_, **__: hits)
+    found = list(mined(client, Mine("c", "t", negatives=9, skip=0), [Pair("q", "p")]))
+    assert found == [Pair("q", "p", ("near",))]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import csv
 import json
 import math
 import os
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from encoder.train import report as report_module
 from encoder.train.data import (
     Batches,
     Pair,
@@ -24,7 +26,7 @@ from encoder.train.data import (
 from encoder.train.gate import judge
 from encoder.train.loss import BatchShape, blocked_candidates, gradient_of_rows, info_nce
 from encoder.train.metrics import Quality, quality, ranks_of_relevant
-from encoder.train.report import Report, draw_curves, model_card, read_history
+from encoder.train.report import Report, commit, draw_curves, model_card, read_history
 from encoder.train.server import Clocks
 from encoder.train.settings import TrainSettings, parse
 from encoder.train.trainer import learning_rate
@@ -287,6 +289,16 @@ def test_what_is_held_out_was_never_seen():
     assert not {p.positive for p in split.held_out} & {p.positive for p in split.train}
 
 
+def test_what_is_held_out_is_seen_in_no_place():
+    both = [Pair(f"a{i}", f"b{i}", (f"b{(i + 1) % 40}", "n")) for i in range(40)]
+    both += [Pair(p.positive, p.query) for p in both]  # questions that mean the same
+    split = split_by_query(both, queries=10, seed=3)
+    unseen = {text for p in split.held_out for text in (p.query, p.positive)}
+    for pair in split.train:
+        assert unseen.isdisjoint({pair.query, pair.positive, *pair.negatives})
+    assert {len(p.negatives) for p in split.train} == {0, 1, 2}
+
+
 def test_the_split_depends_on_texts_and_seed_only():
     chosen = {p.query for p in split_by_query(many(), queries=10, seed=3).held_out}
     assert {p.query for p in split_by_query(many()[::-1], queries=10, seed=3).held_out} == chosen
@@ -468,6 +480,19 @@ def test_curves_of_a_history_that_a_crash_cut_off(tmp_path):
     pytest.importorskip("matplotlib")
     assert draw_curves({"": [file]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_commit_of_a_project_that_shoal_is_installed_in_is_not_shoals(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    commit_it = ["commit", "-q", "--allow-empty", "-m", "of somebody"]
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+    subprocess.run(["git", "-C", str(tmp_path), *who, *commit_it], check=True)
+    place = tmp_path / ".venv/site-packages/encoder/train/report.py"
+    monkeypatch.setattr(report_module, "__file__", str(place))
+    place.parent.mkdir(parents=True)
+    assert "commit" not in commit()
+    monkeypatch.setattr(report_module, "__file__", str(tmp_path / "encoder/train/report.py"))
+    assert "commit" in commit()
 
 
 def test_the_card_says_data_seed_and_commit_and_how_to_do_it_again(tmp_path):

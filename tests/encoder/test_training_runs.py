@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -427,6 +428,24 @@ def test_what_stands_where_the_model_shall_stand_is_left_alone(world, straight, 
         settings = settings_for(world, out, name="photos")
         assert run_ranks(1, refused_run, settings, "left alone") == [0]
         assert (out / "photos/one.jpg").is_file()
+
+
+def another_machine(settings: TrainSettings, other: dict[str, Any], told: str) -> None:
+    """Process 1 was started otherwise than process 0."""
+    refused_run(replace(settings, **other) if os.environ["RANK"] == "1" else settings, told)
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_different_things_do_not_train(world, tmp_path):
+    tiny_pairs(tmp_path / "pairs.jsonl", 300)
+    for other, told in (
+        ({"lr": 2e-3}, r"lr 0.001, process 1 with 0.002"),
+        ({"pairs": tmp_path / "pairs.jsonl"}, "the same files"),
+        ({"out": tmp_path / "of another machine"}, "all machines share"),
+    ):
+        settings = settings_for(world, tmp_path / "out", dp=2)
+        assert run_ranks(2, another_machine, settings, other, told) == [0, 0]
+        assert not list((tmp_path / "out").glob("seen-*"))
 
 
 @pytest.mark.slow
