@@ -178,7 +178,7 @@ def test_a_migration_survives_its_cluster(make_cluster: Any, tmp_path: Any) -> N
 
 def kill_the_coordinator_that_copies(world: World) -> None:
     with world.migrate() as migrate:
-        first = migrate.until(lambda s: s["copied_by"] is not None, *world.clients)["copied_by"]
+        first = migrate.until(lambda s: s.get("copied_by") is not None, *world.clients)["copied_by"]
     world.down.add(first)
     world.cluster[first].kill9()
     with world.migrate() as migrate:
