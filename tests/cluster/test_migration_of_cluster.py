@@ -184,7 +184,7 @@ def kill_the_coordinator_that_copies(world: World) -> None:
     with world.migrate() as migrate:
         done = migrate.status()["done"]
         status = migrate.until(
-            lambda s: s["copied_by"] not in (None, first) and s["done"] > done, *world.clients
+            lambda s: s.get("copied_by") not in (None, first) and s["done"] > done, *world.clients
         )
     assert status["left"] > 0, "it should be in the middle of it"
     world.go_on()
