@@ -20,7 +20,7 @@ from encoder.engine import Engine
 from encoder.model import TextTokenizer, TokenizedText
 from shoal.encoder.v1 import encoder_pb2 as pb
 from shoal.encoder_api import ModelInfo, check_texts, resolve_model, wrong_weights
-from shoal.errors import InvariantError, ShoalError
+from shoal.errors import InvariantError, ShoalError, Unavailable
 from shoal.limits import RPC_IN_FLIGHT_MAX
 from shoal.rpc.channel import NODE_HEADER, node_metadata
 from shoal.rpc.codec import encode_error
@@ -63,7 +63,7 @@ class EncoderServer:
         self._in_flight = 0
         self._idle = asyncio.Event()  # nothing is in flight, or nobody is to wait for it
         self._idle.set()
-        self._hurried = False
+        self._hurried = self._finished = False
         self.truncated_total = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -89,6 +89,7 @@ class EncoderServer:
             pass  # told below
         if self._in_flight:
             _log.warning("requests_given_up", count=self._in_flight)
+        self._finished = True  # calls that are open may bring requests for another moment
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def hurry(self) -> None:
@@ -129,6 +130,8 @@ class EncoderServer:
 
     async def _embedded(self, request: pb.EmbedRequest) -> pb.EmbedReply:
         info = self._info
+        if self._finished:
+            raise Unavailable("The encoder is closing; send the request again in a moment.")
         resolve_model(request.model, {info.name: info.aliases})
         if request.fingerprint not in ("", info.fingerprint):
             raise wrong_weights(info.name, request.fingerprint, info.fingerprint)

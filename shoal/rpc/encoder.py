@@ -340,22 +340,32 @@ class EncoderClient:
         if group is not None and group.address == record.grpc:
             return group
         if group is not None:
-            task = asyncio.get_running_loop().create_task(group.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._drop(group)
+        registered = {record.id for record, _ in self._serving()}
+        for old in [g for g in self._groups.values() if g.node not in registered and g.is_idle]:
+            self._drop(old)  # ids may be made anew at each start
         group = self._groups[record.id] = _Group(record.id, record.grpc, self._settings)
         return group
+
+    def _drop(self, group: _Group) -> None:
+        del self._groups[group.node]
+        task = asyncio.get_running_loop().create_task(group.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _poll(self) -> None:
         """The depth of queues that other processes fill, too."""
         while True:
             await asyncio.sleep(POLL_S)
             for status in await self.statuses():
-                if status.reply is not None:
-                    self._groups[status.node].waiting_tokens = status.reply.waiting_tokens
+                group = self._groups.get(status.node)
+                if group is not None and status.reply is not None:
+                    group.waiting_tokens = status.reply.waiting_tokens
 
 
 _Weights = tuple[str, str]  # a model's full name, and the fingerprint
+_Futures = dict[int, asyncio.Future[pb.EmbedReply]]  # by the number of the request
+_CLOSED = "this process closed the connection"
 
 
 def _weights(facts: EncoderFacts) -> _Weights:
@@ -407,7 +417,7 @@ class _Group:
         self._metadata = node_metadata(node)
         self._channel = open_channel(address, settings)
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[pb.EmbedReply]] = {}
+        self._waiting: _Futures = {}  # for the call that is open
         self._call: EmbedCall | None = None
         self._opening: asyncio.Task[EmbedCall] | None = None
         self._outbox: asyncio.Queue[pb.EmbedRequest] = asyncio.Queue()
@@ -416,6 +426,10 @@ class _Group:
     @property
     def depth(self) -> int:
         return self.waiting_tokens + self._sent_tokens
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and self._opening is None
 
     async def ask(self, request: pb.EmbedRequest, tokens: int) -> pb.EmbedReply:
         """Raises what the group answered, Unavailable and TimedOut."""
@@ -437,27 +451,27 @@ class _Group:
         own.CopyFrom(request)
         own.id = number
         future: asyncio.Future[pb.EmbedReply] = asyncio.get_running_loop().create_future()
-        await self._opened()
-        self._waiting[number] = future
-        self._outbox.put_nowait(own)
+        call = await self._opened()
+        if call.done():  # it began and ended before we had our turn: nobody would fail us
+            raise lost(self._peer, "it ended the connection", maybe_applied=False)
+        waiting, outbox = self._waiting, self._outbox
+        waiting[number] = future
+        outbox.put_nowait(own)
         try:
             async with asyncio.timeout(self._settings.read_timeout_s):
                 reply = await future
         except TimeoutError:
-            self._give_up(number)
+            outbox.put_nowait(_gave_up(number))
             raise TimedOut(f"{self._peer} did not answer in time") from None
         except asyncio.CancelledError:
-            self._give_up(number)
+            outbox.put_nowait(_gave_up(number))
             raise
         finally:
-            self._waiting.pop(number, None)
+            waiting.pop(number, None)
         self.waiting_tokens = reply.waiting_tokens
         if reply.HasField("error"):
             raise decode_error(reply.error)
         return reply
-
-    def _give_up(self, number: int) -> None:
-        self._outbox.put_nowait(pb.EmbedRequest(id=number, cancelled=True))
 
     async def _opened(self) -> EmbedCall:
         """The call that is open, or a new one; several who ask share it."""
@@ -468,7 +482,12 @@ class _Group:
                 raise Unavailable(self._blocked_by)
             self._opening = asyncio.create_task(self._open())
             self._opening.add_done_callback(self._opening_ended)
-        return await asyncio.shield(self._opening)
+        try:
+            return await asyncio.shield(self._opening)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise lost(self._peer, _CLOSED, maybe_applied=False) from None  # see `close`
 
     def _opening_ended(self, task: asyncio.Task[EmbedCall]) -> None:
         self._opening = None
@@ -498,20 +517,23 @@ class _Group:
             call.cancel()
             raise lost(self._peer, "no connection in time", maybe_applied=False) from None
         self._call = call
-        self._outbox = asyncio.Queue()  # what is left of the call before was given up
-        self._pump = asyncio.create_task(self._exchange(call, self._outbox))
+        # The call before may have to tell those who wait for it that it is over.
+        self._outbox, self._waiting = asyncio.Queue(), {}
+        self._pump = asyncio.create_task(self._exchange(call, self._outbox, self._waiting))
         return call
 
-    async def _exchange(self, call: EmbedCall, outbox: asyncio.Queue[pb.EmbedRequest]) -> None:
-        """One call, until it ends; whoever waits then fails."""
+    async def _exchange(
+        self, call: EmbedCall, outbox: asyncio.Queue[pb.EmbedRequest], waiting: _Futures
+    ) -> None:
+        """One call, until it ends; whoever waits for it then fails."""
         writer = asyncio.create_task(self._write(call, outbox))
         try:
-            why = await self._read(call)
+            why = await self._read(call, waiting)
         finally:
             writer.cancel()
             await asyncio.wait([writer])
             call.cancel()
-        for future in self._waiting.values():
+        for future in waiting.values():
             if not future.done():
                 future.set_exception(lost(self._peer, why, maybe_applied=False))
 
@@ -521,14 +543,14 @@ class _Group:
             while True:
                 await call.write(await outbox.get())
 
-    async def _read(self, call: EmbedCall) -> str:
+    async def _read(self, call: EmbedCall, waiting: _Futures) -> str:
         """Why the call ended."""
         try:
             while (said := await call.read()) is not grpc.aio.EOF:
                 reply = cast(pb.EmbedReply, said)
-                waiting = self._waiting.get(reply.id)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(reply)
+                future = waiting.get(reply.id)
+                if future is not None and not future.done():
+                    future.set_result(reply)
         except grpc.aio.AioRpcError as error:
             return error.details() or error.code().name
         except asyncio.InvalidStateError:
@@ -548,18 +570,32 @@ class _Group:
         except grpc.aio.AioRpcError as error:
             why = from_rpc_error(error, self._peer, write=False).message
             return GroupStatus(self.node, self.address, facts, error=why)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            return GroupStatus(self.node, self.address, facts, error=_CLOSED)  # see `close`
         return GroupStatus(self.node, self.address, facts, reply=reply)
 
     async def close(self) -> None:
+        """Also while it is being asked, where the group has another address by now."""
         for task in (self._opening, self._pump):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
-        why = "this process closed the connection"
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(lost(self._peer, why, maybe_applied=False))
+                future.set_exception(lost(self._peer, _CLOSED, maybe_applied=False))
         await self._channel.close()
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the task at hand that is to end, and not only a call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _gave_up(number: int) -> pb.EmbedRequest:
+    return pb.EmbedRequest(id=number, cancelled=True)
 
 
 def _worse(known: ShoalError | None, error: ShoalError) -> ShoalError:

@@ -78,7 +78,7 @@ class Words:
 
 
 class Group(SimpleNamespace):
-    """A registered encoder: its model, engine, server and entry in the metadata."""
+    """A registered encoder: its model, engine, gRPC face, server and entry in the metadata."""
 
 
 @asynccontextmanager
@@ -110,7 +110,7 @@ async def group(name: str, info: ModelInfo = INFO) -> AsyncIterator[Group]:
     )
     entry = KeyValue(record.key, record.to_bytes(), 1)
     try:
-        yield Group(model=model, engine=engine, server=port, entry=entry)
+        yield Group(model=model, engine=engine, face=server, server=port, entry=entry)
     finally:
         model.gate.set()
         await asyncio.to_thread(engine.close, Unavailable("end"))

@@ -4,6 +4,8 @@ gRPC face with the client of coordinators on the other end."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from fakes.encoder_groups import DIM, INFO, Group, Lengths, client, engine_over,
 
 from encoder.batching import Lane
 from shoal.errors import BadRequest, Busy, InvariantError, NotSupported, Unavailable
+from shoal.metadata.contract import KeyValue
+from shoal.metadata.schema import NodeRecord
 from shoal.rpc import encoder as rpc
 from shoal.rpc.encoder import EncoderClient
 
@@ -178,6 +182,91 @@ def test_another_group_takes_over_when_one_is_lost_or_busy() -> None:
             assert [int(answer[0, 0]) for answer in answers] == [2, 2]
             await one.server.close()
             assert (await encoder.embed(["still here"], "len"))[0, 0] == 2
+
+    run(scenario())
+
+
+@asynccontextmanager
+async def mute() -> AsyncIterator[str]:
+    """The address of a machine that takes connections and says nothing."""
+    open_ones: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(lambda _, writer: open_ones.append(writer), "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for writer in open_ones:
+            writer.transport.abort()
+
+
+def at(entry: KeyValue, address: str) -> KeyValue:
+    known = NodeRecord.from_bytes(entry.key, entry.value)
+    record = known.model_copy(update={"grpc": address})
+    return KeyValue(record.key, record.to_bytes(), 2)
+
+
+def test_a_group_that_comes_back_elsewhere_leaves_nobody_without_an_answer() -> None:
+    async def scenario() -> None:
+        async with mute() as address, group("e1") as one:
+            entries = {one.entry.key: at(one.entry, address)}
+            encoder = EncoderClient(entries)
+            asked = [asyncio.ensure_future(encoder.embed(["a b"], "len")) for _ in range(3)]
+            described = asyncio.ensure_future(encoder.describe())
+            await asyncio.sleep(0.05)  # they wait for the connection
+            entries[one.entry.key] = one.entry
+            assert (await encoder.embed(["a b c"], "len"))[0, 0] == 3
+            answers = await asyncio.gather(*asked)  # no error: asked again, there
+            assert [int(answer[0, 0]) for answer in answers] == [2, 2, 2]
+            (said,) = await described
+            assert said["state"] == "lost"
+            await encoder.close()
+
+    run(scenario())
+
+
+def test_depths_are_asked_for_on_when_a_group_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "POLL_S", 0.01)
+
+    async def scenario() -> None:
+        async with mute() as address, group("e1") as one, group("e2") as two:
+            entries = {one.entry.key: one.entry, two.entry.key: at(two.entry, address)}
+            encoder = EncoderClient(entries)
+            await encoder.embed(["a"], "len")
+            await asyncio.sleep(0.1)  # a question for its depth is on its way
+            entries[two.entry.key] = two.entry
+            await encoder.embed(["a"], "len")
+            two.model.gate.clear()
+            two.engine.submit(ids(5), Lane.BULK)
+            assert await asyncio.to_thread(two.model.at_work.wait, 30)
+            two.engine.submit(ids(7), Lane.BULK)
+            await until(lambda: encoder._groups["e2"].waiting_tokens == 7)
+            await encoder.close()
+
+    run(scenario())
+
+
+def test_groups_that_are_gone_for_good_leave_no_connection() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, group("e2") as two:
+            entries = {one.entry.key: one.entry}
+            encoder = EncoderClient(entries)
+            await encoder.embed(["a"], "len")
+            del entries[one.entry.key]
+            entries[two.entry.key] = two.entry
+            await encoder.embed(["a"], "len")
+            assert list(encoder._groups) == ["e2"]
+            await encoder.close()
+
+    run(scenario())
+
+
+def test_what_comes_when_a_group_has_finished_may_be_sent_again() -> None:
+    async def scenario() -> None:
+        async with group("e1") as one, client(one) as encoder:
+            await encoder.embed(["a"], "len")  # the call is open
+            await one.face.finish(5)
+            with pytest.raises(Unavailable, match="closing"):
+                await encoder.embed(["word " * 2_000], "len")
 
     run(scenario())
 
