@@ -20,7 +20,7 @@ from typing import Any
 
 from shoal.errors import NotSupported, SettingsError
 
-__all__ = ["FAMILIES", "Family", "check_layout", "family_of", "split_layers"]
+__all__ = ["FAMILIES", "Family", "check_layout", "family_of", "positions_from", "split_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,22 @@ FAMILIES: Mapping[str, Family] = {
         per_head=("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"),
     ),
 }
+
+
+# As RoBERTa counts them; served with one process.
+_POSITIONS_FROM_2 = (
+    *("camembert", "data2vec-text", "longformer", "roberta-prelayernorm"),
+    *("xlm-roberta-xl", "xmod"),
+)
+
+
+def positions_from(model_type: str) -> int:
+    """The first position that a text takes, of any model: a text that is read further than the last
+    one would fail."""
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        return family.positions_from
+    return 2 if model_type in _POSITIONS_FROM_2 else 0
 
 
 def family_of(model_type: str) -> Family:

@@ -31,6 +31,7 @@ PARENT_VARIABLE = "SHOAL_RANK_PARENT"  # its pid
 LINE_BYTES_MAX = 65_536
 STALL_S_MAX = 5.0  # of the loop of rank 0; on a busy machine it may be late
 TICK_S = 0.2
+ABORT_S_MAX = 1.0  # that a process may take to end once it was told that the group is over
 
 _log = logger("encoder")
 
@@ -54,6 +55,7 @@ class _Attempt:
     liveness: Liveness
     peers: dict[int, _Peer] = field(default_factory=dict)
     abort: str | None = None
+    aborted_s: float = 0.0
 
 
 class Hub:
@@ -156,7 +158,11 @@ class Hub:
 
     def _look(self, now_s: float) -> None:
         attempt = self._attempt
-        if attempt is None or attempt.abort is not None:
+        if attempt is None:
+            return
+        if attempt.abort is not None:
+            if attempt.abort and now_s - attempt.aborted_s > ABORT_S_MAX:
+                self._kill_the_deaf(attempt)
             return
         at_work = {
             rank
@@ -174,10 +180,17 @@ class Hub:
 
     def _end(self, attempt: _Attempt, why: str) -> None:
         if attempt.abort is None and not self._closing.is_set():
-            attempt.abort = why
+            attempt.abort, attempt.aborted_s = why, time.monotonic()
             _log.warning("rank_group_broken", attempt=attempt.number, why=why)
             for peer in list(attempt.peers.values()):
                 self._tell(peer, why)
+
+    def _kill_the_deaf(self, attempt: _Attempt) -> None:
+        """Several may hang at once, all of a machine that was short of memory, say. The agent would wait
+        30 s for each before it starts anything again."""
+        for peer in attempt.peers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(peer.pid, signal.SIGKILL)
 
     def _tell(self, peer: _Peer, why: str) -> None:
         with contextlib.suppress(OSError):
@@ -203,6 +216,7 @@ class Work:
     def __init__(self) -> None:
         self.ready, self.busy, self.step = False, False, 0
         self._clock: int | None = None
+        self._cpu_s = 0.0
         self._ticked_s: float | None = None
 
     def tick(self) -> None:
@@ -223,8 +237,10 @@ class Work:
         self.busy = False
 
     def beat(self, rank: int) -> Beat:
-        cpu_s = 0.0 if self._clock is None else time.clock_gettime(self._clock)
-        return Beat(rank, self.ready, self.step, self.busy, cpu_s)
+        if self._clock is not None:
+            with contextlib.suppress(OSError):  # at the end that thread is gone before this one
+                self._cpu_s = time.clock_gettime(self._clock)
+        return Beat(rank, self.ready, self.step, self.busy, self._cpu_s)
 
 
 class Link:

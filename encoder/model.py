@@ -5,10 +5,10 @@
     texts ──tokenize──▶ token ids ──forward──▶ transformer ──▶ pooling ──▶ (n, dim), unit length
 
 The folder has the layout of sentence-transformers: `config.json`, `tokenizer.json` and
-`model.safetensors`, and, where they are there, `modules.json`, `1_Pooling/config.json` and
-`sentence_bert_config.json`, which say how token states become one vector and how many tokens are
-read. Results equal those of that library to 1e-5 in float32. What it leaves out: models with
-learned layers after pooling are refused by name, and prompts are the caller's business.
+`model.safetensors`, and, where they are there, `modules.json`, `1_Pooling/config.json`,
+`sentence_bert_config.json` and `tokenizer_config.json`, which say how token states become one vector
+and how many tokens are read. Results equal those of that library to 1e-5 in float32. What it leaves
+out: models with learned layers after pooling are refused by name, and prompts are the caller's business.
 
 torch, transformers and tokenizers are imported inside functions: a server that never embeds a text
 neither needs nor loads them (about 350 MB of memory).
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.families import FAMILIES
+from encoder.families import positions_from
 from shoal.encoder_api import DEFAULT_MODEL, Precision
 from shoal.errors import NotSupported, SettingsError
 from shoal.telemetry import logger
@@ -81,18 +81,39 @@ PROBE_TEXTS = (
 _NAMED = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)?)\s*=\s*(\S.*)", re.DOTALL)
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
+# Of the first module, under the names that sentence-transformers has had for it.
+_TRANSFORMER_FILES = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+)
+_TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 _CONFIGURATION_FILES = (
     "config.json",
     "modules.json",
     "1_Pooling/config.json",
-    "sentence_bert_config.json",
+    *_TRANSFORMER_FILES,
     "tokenizer.json",
 )
+# What older releases of sentence-transformers write, a flag for each way; newer ones write a name.
+_POOLING_FLAG = "pooling_mode_"
 _POOLING_BY_FLAG: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
+    # Another length, the same direction: vectors have length 1 here.
+    "pooling_mode_mean_sqrt_len_tokens": "mean",
+}
+_POOLING_BY_NAME: dict[str, Pooling] = {
+    "mean": "mean",
+    "cls": "cls",
+    "max": "max",
+    "lasttoken": "lasttoken",
+    "mean_sqrt_len_tokens": "mean",
 }
 # Vectors always leave here with length 1, so a Normalize module changes nothing.
 _MODULES_UNDERSTOOD = ("Transformer", "Pooling", "Normalize")
@@ -186,6 +207,8 @@ class ModelFolder:
     pooling: Pooling
     pad_token_id: int
     config: dict[str, Any]  # config.json
+    lower_case: bool = False  # of texts, before anything else, whatever the tokenizer does
+    cut_by_tokenizer: bool = False  # only its settings say how many tokens are read
     stamp: tuple[tuple[str, int, int], ...] = ()  # of its files: name, bytes, when written
 
     @classmethod
@@ -201,13 +224,16 @@ class ModelFolder:
         dim = config.get("hidden_size")
         if not isinstance(dim, int):
             raise SettingsError(f"{path / 'config.json'} does not say `hidden_size`.")
+        max_tokens = _max_tokens(path, config)
         return cls(
             path=path,
             dim=dim,
-            max_tokens=_max_tokens(path, config),
+            max_tokens=max_tokens,
             pooling=_pooling(path),
             pad_token_id=int(config.get("pad_token_id") or 0),
             config=config,
+            lower_case=_of_transformer(path).get("do_lower_case") is True,
+            cut_by_tokenizer=max_tokens != _max_tokens(path, config, tokenizer_counts=False),
             stamp=stamp,
         )
 
@@ -216,9 +242,17 @@ class ModelFolder:
         return _stamp(self.path) != self.stamp
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the configuration, tokenizer and weights; reads all of them."""
+        """sha256 (hex) over the configuration, tokenizer and weights; reads all of them.
+
+        Of the tokenizer's settings only the number of tokens counts, and only where no other file says
+        it: the rest of them changes with every library that writes them, and no vector with it.
+        """
         digest = hashlib.sha256()
+        if self.cut_by_tokenizer:
+            digest.update(f"max_tokens\0{self.max_tokens}\0".encode())
         for name, size, _ in _stamp(self.path):
+            if name == _TOKENIZER_SETTINGS_FILE:
+                continue
             with (self.path / name).open("rb") as stream:
                 digest.update(f"{name}\0{size}\0".encode())
                 while block := stream.read(1 << 20):
@@ -247,12 +281,20 @@ class TextTokenizer:
         # The file may ship with padding to, and truncation at, 128 tokens; both are ours to decide.
         tokenizer.no_padding()
         tokenizer.enable_truncation(folder.max_tokens)
+        if folder.lower_case:
+            lower = tokenizers.normalizers.Lowercase()
+            given = tokenizer.normalizer
+            tokenizer.normalizer = (
+                lower if given is None else tokenizers.normalizers.Sequence([lower, given])
+            )
         self._tokenizer = tokenizer
+        self._nothing = _token_of_nothing(folder)
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
-        """Token ids with the special ones, cut at max_tokens. Cost about 20 us a short text."""
+        """Token ids with the special ones, cut at max_tokens; at least one. Cost about 20 us a short
+        text."""
         encodings = self._tokenizer.encode_batch_fast(list(texts))
-        return [TokenizedText(e.ids, bool(e.overflowing)) for e in encodings]
+        return [TokenizedText(e.ids or [self._nothing], bool(e.overflowing)) for e in encodings]
 
 
 def pad(
@@ -467,10 +509,22 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) 
     return states.masked_fill(weights == 0, float("-inf")).amax(1)
 
 
+def _token_of_nothing(folder: ModelFolder) -> int:
+    """What an empty text is read as where the tokenizer adds no token of its own, as with Qwen3: the end
+    of a text. Of no token at all there is no vector, and no forward pass."""
+    for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
+        said = folder.config.get(name)
+        if isinstance(said, list) and said:
+            said = said[0]
+        if isinstance(said, int):
+            return said
+    return folder.pad_token_id
+
+
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, bytes and time of writing of each file that is there and counts."""
     found = []
-    for name in (*_CONFIGURATION_FILES, *_weight_files(path)):
+    for name in (*_CONFIGURATION_FILES, _TOKENIZER_SETTINGS_FILE, *_weight_files(path)):
         with contextlib.suppress(OSError):
             said = (path / name).stat()
             found.append((name, said.st_size, said.st_mtime_ns))
@@ -498,22 +552,25 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _max_tokens(path: Path, config: dict[str, Any]) -> int:
-    """The limit that sentence-transformers sets, else that of the tokenizer, and never more than
-    there are learned positions."""
-    limits: list[int] = []
-    for name, key in (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
-        if not limits and (path / name).is_file():
-            value = _read_json(path / name).get(key)
-            if isinstance(value, int) and value < 1 << 20:  # "no limit" is written as 1e30
-                limits.append(value)
+def _of_transformer(path: Path) -> dict[str, Any]:
+    """Settings of the first module, {} where there are none."""
+    for name in _TRANSFORMER_FILES:
+        if (path / name).is_file():
+            return _read_json(path / name)
+    return {}
+
+
+def _max_tokens(path: Path, config: dict[str, Any], *, tokenizer_counts: bool = True) -> int:
+    """The limit that sentence-transformers sets, else that of the tokenizer (where it stands since
+    sentence-transformers 6), and never more than there are learned positions."""
+    said = [_of_transformer(path).get("max_seq_length")]
+    if tokenizer_counts and (path / _TOKENIZER_SETTINGS_FILE).is_file():
+        said.append(_read_json(path / _TOKENIZER_SETTINGS_FILE).get("model_max_length"))
+    # "no limit" is written as 1e30
+    limits = [value for value in said if isinstance(value, int) and value < 1 << 20][:1]
     positions = config.get("max_position_embeddings")
-    family = FAMILIES.get(str(config.get("model_type")))
     if isinstance(positions, int):
-        limits.append(positions - (family.positions_from if family is not None else 0))
+        limits.append(positions - positions_from(str(config.get("model_type"))))
     return max(8, min(limits, default=512))
 
 
@@ -535,12 +592,16 @@ def _pooling(path: Path) -> Pooling:
     if not pooling_file.is_file():
         return "mean"  # what sentence-transformers does with a plain transformer
     config = _read_json(pooling_file)
-    chosen = [
-        flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on is True
-    ]
-    if len(chosen) != 1 or chosen[0] not in _POOLING_BY_FLAG:
+    named = config.get("pooling_mode")
+    if named is not None:
+        several = named if isinstance(named, list) else [named]
+        chosen, understood = [str(one) for one in several], _POOLING_BY_NAME
+    else:
+        flags = {flag: on for flag, on in config.items() if flag.startswith(_POOLING_FLAG)}
+        chosen, understood = [flag for flag, on in flags.items() if on is True], _POOLING_BY_FLAG
+    if len(chosen) != 1 or chosen[0] not in understood:
         raise SettingsError(
             f"{pooling_file} asks for {chosen or 'no pooling'}; "
-            f"exactly one of {sorted(_POOLING_BY_FLAG)} is understood."
+            f"exactly one of {sorted(understood)} is understood."
         )
-    return _POOLING_BY_FLAG[chosen[0]]
+    return understood[chosen[0]]

@@ -19,7 +19,7 @@ import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from torch.distributed.tensor.parallel import (
 from encoder.families import Family, split_layers
 from encoder.model import Pooling, pool_unit
 from shoal.errors import must
+from shoal.limits import MIB
 
 __all__ = [
     "Layout",
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 SCHEDULES_MAX = 64  # shapes of batches whose schedules are kept
+SCHEDULE_BYTES_MAX = 64 * MIB  # of the states that they keep: what came in, and what went out last
 MICRO_BATCH_ROWS_MIN = 8  # smaller products waste more than the pipeline wins
 HELLO_S = 0.02  # between two looks whether the first process is there
 _DIMENSIONS = ("dp", "pp", "tp")
@@ -336,10 +338,23 @@ class ParallelModel:
                 group=self.mesh["pp"].get_group(),
             )
             schedule = self._schedules[key] = ScheduleGPipe(stage, parts)
-            if len(self._schedules) > SCHEDULES_MAX:
+            sizes = [8 * rows * tokens * self._hidden for rows, tokens, _ in self._schedules]
+            for _ in range(surplus(sizes)):
                 self._schedules.popitem(last=False)
         self._schedules.move_to_end(key)
         return schedule
+
+
+def surplus(sizes: Sequence[int]) -> int:
+    """How many of the schedules that were not used for longest are to go. sizes: bytes of each, the one
+    that was just made last; that one stays."""
+    kept, left = 0, SCHEDULE_BYTES_MAX
+    for size in reversed(sizes):
+        left -= size
+        if kept and (left < 0 or kept == SCHEDULES_MAX):
+            break
+        kept += 1
+    return len(sizes) - kept
 
 
 def micro_batches(rows: int, stages: int) -> int:

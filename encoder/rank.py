@@ -98,6 +98,8 @@ class Member:
     def __init__(self, settings: EncoderProcess, work: Work) -> None:
         self.work = work
         self.device = device_type()
+        if self.device == "cuda":
+            check_gpus(torch.cuda.device_count(), settings.tp * settings.pp)
         quiet_and_offline()
         torch.set_num_threads(settings.threads)
         join_group(timeout_s=GROUP_TIMEOUT_S, device=self.device)
@@ -110,7 +112,12 @@ class Member:
         self._choose_precision(settings.encoder_precision)
         own_weights(self.model.stage)
         self._check_files()
-        self._reserve = Reserve(self.folder.config, tp=settings.tp, device=self.device)
+        self._reserve = Reserve(
+            self.folder.config,
+            tp=settings.tp,
+            device=self.device,
+            eager=_writes_attention_out(self.model.stage.network),
+        )
         self.facts = self._gather_facts()
 
     def _check_files(self) -> None:
@@ -249,6 +256,9 @@ class Member:
 async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: StopAll) -> None:
     """Rank 0 of a group that is loaded: answer until SIGTERM."""
     settings, stack = process.settings, process.stack
+    # Until everything else is closed: who is not heard while it finishes its work counts as hanging.
+    ticking = asyncio.create_task(_tick(member.work), name="tick")
+    stack.callback(ticking.cancel)
     info = ModelInfo(
         name=member.name,
         dim=member.folder.dim,
@@ -292,8 +302,6 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
         tp=settings.tp,
         pp=settings.pp,
     )
-    ticking = asyncio.create_task(_tick(member.work), name="tick")
-    stack.callback(ticking.cancel)
     member.work.ready = True
     await process.register(grpc=server.port, encoder=facts)
     process.announce(grpc=server.port, pid=int(os.environ[PARENT_VARIABLE]))
@@ -340,6 +348,22 @@ class StopAll:
             )
             threading.Event().wait(FLUSH_S)
         os._exit(EXIT_BROKEN)
+
+
+def check_gpus(count: int, processes: int) -> None:
+    """Raises StartupError where there is no GPU for each: started again there would still be none."""
+    if count < processes:
+        raise StartupError(
+            f"The group has {processes} processes, and this machine {count} GPU"
+            f"{'' if count == 1 else 's'} that they may use; each needs one of its own. Give a smaller "
+            "--tp or --pp, or let them compute on the CPU with CUDA_VISIBLE_DEVICES= (nothing after it)."
+        )
+
+
+def _writes_attention_out(network: torch.nn.Module) -> bool:
+    """MPNet adds a bias to it that no kernel of torch takes; what is not known counts as that."""
+    config: Any = network.config
+    return getattr(config, "_attn_implementation", "eager") == "eager"
 
 
 def _attempt() -> int:

@@ -21,14 +21,21 @@ FAULT_VARIABLE = "SHOAL_FAULT_MEMORY_BYTES"  # tests: pretend that so much is fr
 _HEADROOM = 0.9
 
 
-def activation_bytes(config: Mapping[str, Any], *, rows: int, tokens: int, tp: int) -> int:
-    """About the most that a forward pass holds besides weights, in float32: the states and what one
-    layer makes of them. An upper bound: kernels that never write attention out need less."""
+def activation_bytes(
+    config: Mapping[str, Any], *, rows: int, tokens: int, tp: int, eager: bool = False
+) -> int:
+    """About the most that a forward pass holds besides weights, in one process, in float32: the states
+    and what one layer makes of them. An upper bound.
+
+    eager  attention is written out for every head. Else kernels are used that need only masks: 16
+           bytes for a pair of tokens are what ModernBERT, with its two, was seen to take of 4,096
+           tokens; BERT and Qwen3 took a quarter of that.
+    """
     hidden = int(config.get("hidden_size") or 768)
     inner = int(config.get("intermediate_size") or 4 * hidden)
     heads = int(config.get("num_attention_heads") or 12)
     states = rows * tokens * (6 * hidden + (4 * hidden + 3 * inner) // tp)
-    attention = 2 * rows * max(1, heads // tp) * tokens * tokens
+    attention = rows * tokens * tokens * (2 * max(1, heads // tp) if eager else 4)
     return 4 * (states + attention)
 
 
@@ -75,14 +82,24 @@ def is_out_of_memory(error: Exception) -> bool:
 
 class Reserve:
     """Remembers what has fitted: smaller batches are not looked at again. Every process of a group
-    sees the same batches and verdicts, so all remember the same."""
+    sees the same batches and verdicts, so all remember the same.
 
-    def __init__(self, config: Mapping[str, Any], *, tp: int, device: str) -> None:
-        self._config, self._tp, self._device = config, tp, device
+    eager  see `activation_bytes`.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], *, tp: int, device: str, eager: bool = False
+    ) -> None:
+        self._config, self._tp, self._device, self._eager = config, tp, device, eager
         self._fitted = 0
 
     def _needed(self, rows: int, tokens: int) -> int:
-        return activation_bytes(self._config, rows=rows, tokens=tokens, tp=self._tp)
+        """On a CPU all processes of a stage take it from one memory, at the same time. Stages come one
+        after the other, or each with a part of the batch."""
+        each = activation_bytes(
+            self._config, rows=rows, tokens=tokens, tp=self._tp, eager=self._eager
+        )
+        return each * self._tp if self._device == "cpu" else each
 
     def possible(self, rows: int, tokens: int) -> bool:
         """In this process."""

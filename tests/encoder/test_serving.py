@@ -174,8 +174,8 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved_by_all_processes(
             assert group["attempt"] == 0
 
     # 48 texts come as one batch, however busy the machine is. Of 10 tokens each, 24 are counted as
-    # 5.0 MiB, 12 as 2.5 MiB.
-    fault = {"SHOAL_FAULT_MEMORY_BYTES": str(4 * 1024 * 1024)}
+    # 9.9 MiB in both processes together, 12 as 5.0 MiB.
+    fault = {"SHOAL_FAULT_MEMORY_BYTES": str(8 * 1024 * 1024)}
     with served(tmp_path, etcd, e1={"tp": 2, "fault": fault, **FLOAT32}):
         asyncio.run(compare())
 

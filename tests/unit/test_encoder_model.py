@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from encoder.model import ModelFolder, TextModel, bundled_model_path, cpu_computes_bfloat16
+from encoder.model import (
+    ModelFolder,
+    TextModel,
+    TextTokenizer,
+    bundled_model_path,
+    cpu_computes_bfloat16,
+)
 from shoal.encoder_api import DEFAULT_MODEL, resolve_model
-from shoal.errors import BadRequest, SettingsError
+from shoal.errors import BadRequest, SettingsError, StartupError
+from tests.fakes.text_models import WORDS, make_text_model
 
 TEXTS = [
     "",
@@ -130,8 +137,8 @@ def made_folder(tmp_path: Path) -> Iterator[Path]:
     return tmp_path
 
 
-def write_pooling(folder: Path, **modes: bool) -> None:
-    (folder / "1_Pooling").mkdir()
+def write_pooling(folder: Path, **modes: object) -> None:
+    (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
 
 
@@ -173,6 +180,60 @@ def test_two_poolings_at_once_are_refused(made_folder: Path) -> None:
         ModelFolder.read(made_folder)
 
 
+@pytest.mark.parametrize("said", ["cls", ["cls"]])
+def test_pooling_as_newer_libraries_write_it(made_folder: Path, said: object) -> None:
+    write_pooling(made_folder, embedding_dimension=8, pooling_mode=said, include_prompt=True)
+    assert ModelFolder.read(made_folder).pooling == "cls"
+
+
+@pytest.mark.parametrize("said", [["cls", "mean"], "weightedmean", [["cls"]], {}])
+def test_pooling_that_is_not_understood_is_refused(made_folder: Path, said: object) -> None:
+    write_pooling(made_folder, pooling_mode=said)
+    with pytest.raises(SettingsError, match="exactly one of"):
+        ModelFolder.read(made_folder)
+
+
+def test_a_model_that_sentence_transformers_saved_is_the_same_model(
+    folder: ModelFolder, float32_vectors: NDArray[np.float32], tmp_path: Path
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    sentence_transformers.SentenceTransformer(str(folder.path), device="cpu").save(str(tmp_path))
+    saved = ModelFolder.read(tmp_path)
+    assert (saved.pooling, saved.max_tokens) == (folder.pooling, folder.max_tokens)
+    vectors = embed(TextModel.load(saved, precision="float32"), TEXTS)
+    np.testing.assert_allclose(vectors, float32_vectors, atol=1e-5)
+
+
+def test_positions_that_are_for_padding_take_no_token(made_folder: Path) -> None:
+    config = {"hidden_size": 8, "max_position_embeddings": 514, "model_type": "camembert"}
+    (made_folder / "config.json").write_text(json.dumps(config))
+    (made_folder / "sentence_camembert_config.json").write_text('{"max_seq_length": 514}')
+    assert ModelFolder.read(made_folder).max_tokens == 512
+
+
+def test_letters_are_made_small_where_the_model_says_so(tmp_path: Path) -> None:
+    path = make_text_model(tmp_path / "tiny")
+    texts = [WORDS[3].upper(), WORDS[3]]
+    upper, lower = TextTokenizer(ModelFolder.read(path)).tokenize(texts)
+    assert upper != lower
+    (path / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    upper, lower = TextTokenizer(ModelFolder.read(path)).tokenize(texts)
+    assert upper == lower
+
+
+def test_an_empty_text_is_one_token_where_the_tokenizer_adds_none(tmp_path: Path) -> None:
+    path = make_text_model(tmp_path / "tiny")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 2]}))
+    model = TextModel.load(ModelFolder.read(path), precision="float32")
+    assert [text.token_ids for text in model.tokenize(["", "word1"])] == [[3], [5]]
+    alone, beside = embed(model, [""]), embed(model, ["", "word1 word2"])
+    assert np.isfinite(beside).all()
+    np.testing.assert_allclose(alone[0], beside[0], atol=1e-5)
+
+
 def test_a_learned_layer_after_pooling_is_refused_by_name(made_folder: Path) -> None:
     modules = [{"type": f"sentence_transformers.models.{k}"} for k in ("Transformer", "Dense")]
     (made_folder / "modules.json").write_text(json.dumps(modules))
@@ -201,6 +262,63 @@ def test_the_fingerprint_is_of_content_not_of_place(made_folder: Path, tmp_path:
     assert ModelFolder.read(moved).fingerprint() == before
     (moved / "model.safetensors").write_bytes(b"other")
     assert ModelFolder.read(moved).fingerprint() != before
+
+
+def test_the_fingerprint_tells_how_much_is_read_whoever_says_it(made_folder: Path) -> None:
+    plain = ModelFolder.read(made_folder)
+    settings = made_folder / "tokenizer_config.json"
+    settings.write_text('{"model_max_length": 512, "name_or_path": "somewhere"}')
+    assert ModelFolder.read(made_folder).fingerprint() == plain.fingerprint()  # as without it
+    settings.write_text('{"model_max_length": 128}')
+    shorter = ModelFolder.read(made_folder)
+    assert plain.changed()
+    assert shorter.fingerprint() != plain.fingerprint()
+    (made_folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    said = ModelFolder.read(made_folder).fingerprint()
+    settings.write_text('{"model_max_length": 32}')
+    assert ModelFolder.read(made_folder).fingerprint() == said
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_processes_that_share_a_memory_count_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from encoder.reserve import FAULT_VARIABLE, Reserve, activation_bytes
+
+    config = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    each = activation_bytes(config, rows=4, tokens=16, tp=2)
+    monkeypatch.setenv(FAULT_VARIABLE, str(2 * each))  # of which a tenth is left alone
+    assert not Reserve(config, tp=2, device="cpu").possible(4, 16)
+    assert Reserve(config, tp=2, device="cuda").possible(4, 16)
+    monkeypatch.setenv(FAULT_VARIABLE, str(3 * each))
+    assert Reserve(config, tp=2, device="cpu").possible(4, 16)
+
+
+def test_a_long_text_is_not_refused_for_attention_that_nobody_writes_out() -> None:
+    from encoder.reserve import activation_bytes
+
+    # Qwen3-Embedding-0.6B
+    config = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+    needed = activation_bytes(config, rows=1, tokens=8192, tp=1)
+    assert needed < 2 << 30
+    assert activation_bytes(config, rows=1, tokens=8192, tp=1, eager=True) > 8 << 30
+
+
+def test_schedules_are_bounded_by_number_and_by_memory() -> None:
+    from encoder.parallel import SCHEDULE_BYTES_MAX, SCHEDULES_MAX, surplus
+
+    assert surplus([1]) == 0
+    assert surplus([1] * (SCHEDULES_MAX + 1)) == 1
+    assert surplus([SCHEDULE_BYTES_MAX // 2] * 3) == 1
+    assert surplus([1, 1, 2 * SCHEDULE_BYTES_MAX]) == 2  # the one that is needed now stays
+
+
+def test_a_group_needs_a_gpu_for_each_process() -> None:
+    from encoder.rank import check_gpus
+
+    check_gpus(2, 2)
+    with pytest.raises(StartupError, match="4 processes, and this machine 1 GPU that"):
+        check_gpus(1, 4)
 
 
 # -- names ----------------------------------------------------------------------------------------

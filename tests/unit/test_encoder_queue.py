@@ -1,14 +1,21 @@
-"""What a rank group decides: which texts go together, who is lost. No thread, no clock."""
+"""What a rank group decides: which texts go together, who is lost, and what is done about it."""
 
 from __future__ import annotations
 
+import json
 import random
+import signal
+import socket
+import subprocess
+import threading
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from encoder import link
 from encoder.batching import Lane, Row, TokenQueue, halves
-from encoder.link import Work
+from encoder.link import Hub, Work
 from encoder.liveness import (
     BATCH_S_MAX,
     BEAT_S,
@@ -218,6 +225,30 @@ def test_a_silent_process_that_wants_a_core_gets_more_time() -> None:
     assert lost.rank == 1
 
 
+# -- what the parent does about it ------------------------------------------------------------------
+def test_of_several_that_hang_none_is_waited_for(tmp_path: Path) -> None:
+    """Two stopped processes: one is found, and neither hears that the group is over."""
+    hub = Hub(tmp_path, size=2)
+    sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    lines = []
+    try:
+        for rank, sleeper in enumerate(sleepers):
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            line.connect(str(hub.path))
+            lines.append(line)
+            hello = {"rank": rank, "pid": sleeper.pid, "attempt": 0}
+            for message in (hello, asdict(Beat(rank, True, 1, False, 0.0))):
+                line.sendall(json.dumps(message).encode() + b"\n")
+        assert [sleeper.wait(10) for sleeper in sleepers] == [-signal.SIGKILL] * 2
+    finally:
+        hub.close()
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
+        for line in lines:
+            line.close()
+
+
 # -- what a process says of itself -----------------------------------------------------------------
 def test_a_loop_that_stands_still_makes_its_process_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work()
@@ -227,3 +258,13 @@ def test_a_loop_that_stands_still_makes_its_process_silent(monkeypatch: pytest.M
     assert work.stalled
     monkeypatch.setattr(link, "STALL_S_MAX", 60.0)
     assert not work.stalled
+
+
+def test_a_beat_outlives_the_thread_that_computes() -> None:
+    work = Work()
+    thread = threading.Thread(target=work.begin)
+    thread.start()
+    thread.join()
+    before = work.beat(0)
+    assert (before.step, before.busy) == (1, True)
+    assert work.beat(0) == before
