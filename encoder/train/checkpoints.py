@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,14 +125,25 @@ class Checkpoints:
             note = json.loads(written)
             step, source = int(note["step"]), self._folder / note["name"]
             state_dict_loader.load(state, checkpoint_id=source)
-            file = _own_file(source)
-            own = torch.load(file, weights_only=True) if file.is_file() else {}
         except (CheckpointException, OSError, ValueError, KeyError) as error:
             causes = getattr(error, "failures", {0: (error, None)}).values()
             raise SettingsError(
                 f"The checkpoint in {self._folder} cannot be read: "
                 f"{_sentence(next(iter(causes))[0])} Remove that folder to start from the beginning."
             ) from error
+        own = _read_own(_own_file(source))
+        found: list[dict[str, Any] | str] = [{}] * dist.get_world_size()
+        dist.all_gather_object(found, own if isinstance(own, str) else dict.fromkeys(own))
+        for (
+            theirs
+        ) in found:  # one process that raises, or starts anew, would leave the others waiting
+            if isinstance(theirs, str):
+                raise SettingsError(
+                    f"The checkpoint in {self._folder} cannot be read: {theirs} Remove that folder to "
+                    "start from the beginning."
+                )
+        if isinstance(own, str) or not all(found):
+            own = {}
         set_state_dict(
             network,
             optimizer,
@@ -172,6 +184,15 @@ def _write_own(target: Path, own: dict[str, Any]) -> str | None:
     except (OSError, RuntimeError) as error:
         return _sentence(error)
     return None
+
+
+def _read_own(file: Path) -> dict[str, Any] | str:
+    """What was kept, {} when nothing was; a sentence when it cannot be read."""
+    try:
+        found: dict[str, Any] = torch.load(file, weights_only=True) if file.is_file() else {}
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return _sentence(error)
+    return found
 
 
 def _own_file(folder: Path) -> Path:

@@ -31,16 +31,16 @@ __all__ = ["Report", "commit", "draw_curves", "model_card", "read_history"]
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # what `bundled` is known as
 METRIC_NAMES = {"recall@10": "recall@10", "ndcg@10": "nDCG@10", "mrr": "MRR"}
-# What has no part in what comes out, or is the business of one machine.
+# What has no part in what comes out, or is the business of one machine. Where not all take each step
+# together, they do at evaluations and checkpoints: then those have a part.
 _NOT_IN_CARD = (
     "out",
     "name",
     "max_restarts",
     "timeout_s",
-    "checkpoint_every",
-    "eval_every",
     "gate",
 )
+_NOT_IN_CARD_OF_SYNC = (*_NOT_IN_CARD, "checkpoint_every", "eval_every")
 
 
 class Report:
@@ -223,6 +223,7 @@ def model_card(
     verdict: str,
 ) -> str:
     """The README.md of a trained model. data: what is known of the pairs."""
+    without = _NOT_IN_CARD_OF_SYNC if settings.mode == "sync" else _NOT_IN_CARD
     source = BASE_MODEL if settings.model == BUNDLED else Path(settings.model).name
     return "\n".join(
         [
@@ -258,7 +259,7 @@ def model_card(
             "## Again",
             "",
             "```sh",
-            "shoal encoder train " + shlex.join(settings.flags(without=_NOT_IN_CARD)),
+            "shoal encoder train " + shlex.join(settings.flags(without=without)),
             "```",
             "",
         ]

@@ -171,6 +171,7 @@ class Trainer:
         if state is None:
             return None
         return {
+            "rank": state.matrix_approximation_rank,
             "iter": state.iter,
             "errors": state.error_dict,
             "p": state.p_memory_dict,
@@ -182,7 +183,8 @@ class Trainer:
     ) -> None:
         """After a checkpoint was loaded: counters that torch's parts keep for themselves.
 
-        own       `own_state` as it was then; {} when there is none: PowerSGD then starts anew.
+        own       `own_state` as it was then; {} when there is none. PowerSGD then starts anew, as with
+                  another rank: its matrices would not fit.
         batches   of the step to come.
         """
         if isinstance(self.module, DistributedDataParallel):
@@ -193,6 +195,8 @@ class Trainer:
             state, averager = self._averaging
             state.iter = averager.step = step
         if self._powersgd is not None:
+            if own.get("rank") != self._powersgd.matrix_approximation_rank:
+                own = {}
             self._powersgd.iter = own.get("iter", 0)
             self._powersgd.error_dict = dict(own.get("errors", {}))
             self._powersgd.p_memory_dict = dict(own.get("p", {}))

@@ -516,3 +516,11 @@ def test_the_card_says_data_seed_and_commit_and_how_to_do_it_again(tmp_path):
     assert str(tmp_path) not in card
     again = parse([*settings.flags(without=["pairs"]), "--pairs", str(settings.pairs)])
     assert replace(again, out=tmp_path) == settings
+
+
+def test_the_card_says_where_local_sgd_averaged(tmp_path):
+    given = {"dp": 2, "eval_every": 7, "checkpoint_every": 9}
+    for mode, told in (("local-sgd", True), ("sync", False)):
+        settings = TrainSettings("bundled", tmp_path / "p.jsonl", tmp_path, mode=mode, **given)
+        card = model_card(settings, data={}, before={}, after={}, verdict="Accepted.")
+        assert ("--eval-every 7 --checkpoint-every 9" in card) is told

@@ -152,11 +152,12 @@ def test_a_run_that_is_cut_off_goes_on_as_if_nothing_had_been(world, tmp_path, l
 
 
 @pytest.mark.slow
-def test_what_powersgd_kept_is_of_no_use_to_another_layout(world, tmp_path):
+@pytest.mark.parametrize("second", [{"dp": 4}, {"dp": 2, "powersgd_rank": 4}], ids=["dp4", "rank4"])
+def test_what_powersgd_kept_is_of_no_use_to_another_layout(world, tmp_path, second):
     settings = settings_for(world, tmp_path, steps=16, dp=2, compress="powersgd")
     assert 17 in run_ranks(2, whole_run, settings, 14)
-    other = settings_for(world, tmp_path, steps=16, dp=4, compress="powersgd")
-    assert run_ranks(4, whole_run, other) == [0] * 4
+    other = settings_for(world, tmp_path, steps=16, compress="powersgd", **second)
+    assert run_ranks(other.processes, whole_run, other) == [0] * other.processes
 
 
 def stopped_run(settings: TrainSettings, number: int) -> None:
@@ -473,6 +474,17 @@ def test_a_checkpoint_that_cannot_be_read_is_named(world, tmp_path):
     for part in (tmp_path / "checkpoints/step-000008").glob("*.distcp"):
         part.write_bytes(b"")
     assert run_ranks(1, refused_run, settings, "cannot be read") == [0]
+
+
+@pytest.mark.slow
+def test_a_part_of_a_checkpoint_that_one_process_cannot_read_ends_all(world, tmp_path):
+    settings = settings_for(world, tmp_path, dp=2, compress="powersgd")
+    assert 17 in run_ranks(2, whole_run, settings, 9)
+    part = tmp_path / "checkpoints/step-000008/own-1-of-2.pt"
+    part.write_bytes(part.read_bytes()[:100])
+    assert run_ranks(2, refused_run, settings, "cannot be read") == [0, 0]
+    part.unlink()  # then both start anew
+    assert run_ranks(2, whole_run, settings) == [0, 0]
 
 
 def refused_run(settings: TrainSettings, told: str) -> None:
