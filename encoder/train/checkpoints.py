@@ -134,9 +134,8 @@ class Checkpoints:
         own = _read_own(_own_file(source))
         found: list[dict[str, Any] | str] = [{}] * dist.get_world_size()
         dist.all_gather_object(found, own if isinstance(own, str) else dict.fromkeys(own))
-        for (
-            theirs
-        ) in found:  # one process that raises, or starts anew, would leave the others waiting
+        # One process that raises, or starts anew, would leave the others waiting.
+        for theirs in found:
             if isinstance(theirs, str):
                 raise SettingsError(
                     f"The checkpoint in {self._folder} cannot be read: {theirs} Remove that folder to "
