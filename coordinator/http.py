@@ -24,7 +24,7 @@ from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
-from coordinator.texts import truncated_texts
+from coordinator.texts import TRUNCATED_HEADER, Truncated, count_truncated
 from shoal.configuration import nearest
 from shoal.errors import (
     BadRequest,
@@ -193,24 +193,25 @@ class Api:
         call = Call(
             self._coordinator, params, scope["headers"], body, options, self._health, self.metrics
         )
-        truncated_texts.set(0)
+        truncated = count_truncated()
         if options.timeout_s is None:
-            result = await self._handled(route, call)
+            result = await self._handled(route, call, truncated)
         else:
-            result = await _within(options.timeout_s, self._handled(route, call))
+            result = await _within(options.timeout_s, self._handled(route, call, truncated))
         if isinstance(result, bytes):
             body = render_result(result, perf_counter() - started)
             headers = call.token_header() if call.written else ()
-            if truncated := truncated_texts.get():
-                headers += ((b"shoal-truncated-texts", b"%d" % truncated),)
+            if truncated.count:
+                headers += ((TRUNCATED_HEADER.encode(), b"%d" % truncated.count),)
             return Answer(200, body, headers=headers)
         return result
 
-    async def _handled(self, route: Route, call: Call) -> bytes | Answer:
+    async def _handled(self, route: Route, call: Call, truncated: Truncated) -> bytes | Answer:
         """Once more when the collection was another one by the time that its shards were asked, or its
         vectors were: then the request is read anew."""
         for last in (*[False] * (VECTORS_CHANGED_ATTEMPTS - 1), True):
             name = call.params.get("collection_name")
+            truncated.count = 0  # the same texts are not told twice
             try:
                 return await route.handler(call)
             except ShardGone as gone:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +36,31 @@ from shoal.limits import SECOND_TEXTS_MAX, SECOND_WAIT_PER_TEXT_S, SECOND_WAIT_S
 from shoal.telemetry import logger
 from shoal.vectors import prepare_rows
 
-__all__ = ["Texts", "second_block", "truncated_texts"]
+__all__ = ["TRUNCATED_HEADER", "Texts", "Truncated", "count_truncated", "second_block"]
 
 _log = logger("texts")
 
-# Texts of the request at hand that were longer than their model reads; for the answer's header.
-truncated_texts: ContextVar[int] = ContextVar("truncated_texts", default=0)
+TRUNCATED_HEADER = (
+    "shoal-truncated-texts"  # of an HTTP answer; over gRPC, metadata at the end of a call
+)
+
+
+@dataclass(slots=True)
+class Truncated:
+    """How many texts of a request were longer than their model reads."""
+
+    count: int = 0
+
+
+# Of the request at hand; the tasks that it starts count into the same.
+_truncated: ContextVar[Truncated | None] = ContextVar("truncated", default=None)
+
+
+def count_truncated() -> Truncated:
+    """Count anew from here on, in this task and those that it starts."""
+    counted = Truncated()
+    _truncated.set(counted)
+    return counted
 
 
 class Texts:
@@ -64,9 +84,8 @@ class Texts:
         """(n, dim) vectors of length 1, and what was read of each text. fingerprint: of the only
         weights to use. Raises NotSupported when there is no encoder."""
         embedded = await self._there().encode(texts, model, fingerprint)
-        truncated = int(embedded.truncated.sum())
-        if truncated:
-            truncated_texts.set(truncated_texts.get() + truncated)
+        if (counted := _truncated.get()) is not None:
+            counted.count += int(embedded.truncated.sum())
         return embedded
 
     async def prepare(self, model: str, fingerprint: str | None = None) -> ModelInfo:

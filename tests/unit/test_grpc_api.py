@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from fakes.storage import FakeStorage
 from google.protobuf.message import Message
@@ -21,7 +22,9 @@ from coordinator.grpc_api import GrpcApi
 from coordinator.grpc_calls import CALLS
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
+from coordinator.texts import TRUNCATED_HEADER
 from shoal.api.grpc_status import DETAILS_KEY, unpack_details
+from shoal.encoder_api import Embedding, ModelInfo
 from shoal.errors import StartupError, StorageFull
 from shoal.health import Health, HealthReport
 from shoal.ids import PointIds
@@ -137,12 +140,14 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def run(tmp_path: Path, test: Callable[[World], Awaitable[None]], **keys: str) -> None:
+def run(
+    tmp_path: Path, test: Callable[[World], Awaitable[None]], encoder: Any = None, **keys: str
+) -> None:
     async def main() -> None:
         store = await EmbeddedStore.open(tmp_path / "metadata.sqlite")
         storage = SlowStorage()
         coordinator = Coordinator(
-            store=store, storage=storage, encoder=None, settings=CoordinatorSettings()
+            store=store, storage=storage, encoder=encoder, settings=CoordinatorSettings()
         )
         await coordinator.start()
         api = GrpcApi(coordinator, **keys)
@@ -156,6 +161,49 @@ def run(tmp_path: Path, test: Callable[[World], Awaitable[None]], **keys: str) -
             await store.close()
 
     asyncio.run(main())
+
+
+class CutsAll:
+    """An encoder whose model reads nothing to the end."""
+
+    async def encode(
+        self, texts: list[str], model: str, fingerprint: str | None = None
+    ) -> Embedding:
+        count = len(texts)
+        vectors = np.tile(np.array([[1, 0]], np.float32), (count, 1))
+        return Embedding(vectors, np.full(count, 8, np.int32), np.full(count, True))
+
+    def models(self) -> list[ModelInfo]:
+        return []
+
+    async def close(self) -> None: ...
+
+
+def test_texts_that_were_cut_are_told_at_the_end_of_a_call(tmp_path):
+    async def told(call: Any) -> str | None:
+        return dict(await call.trailing_metadata()).get(TRUNCATED_HEADER)
+
+    async def test(world: World) -> None:
+        await world.with_points()
+        one = points_pb2.SearchRequest(collection="c", text=points_pb2.Text(text="long"))
+        many = points_pb2.SearchBatchRequest(searches=[one, search(), one])
+        for method, request, expected in (
+            ("Search", one, "1"),
+            ("SearchBatch", many, "2"),
+            ("Search", search(), None),
+        ):
+            call = world.channel.unary_unary(f"/shoal.v1.Points/{method}")(
+                request.SerializeToString()
+            )
+            await call
+            assert await told(call) == expected
+        stream = world.stream()
+        await stream.write(items((1, one), (2, search()), (3, one), (4, one)))
+        await stream.done_writing()
+        assert [len(message.items) async for message in stream]
+        assert await told(stream) == "3"
+
+    run(tmp_path, test, encoder=CutsAll())
 
 
 # -- the surface ----------------------------------------------------------------------------------

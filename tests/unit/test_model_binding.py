@@ -15,6 +15,7 @@ import pytest
 from fakes.storage import FakeStorage
 from qdrant_client import models as qdrant
 
+import coordinator.embeddings
 from coordinator.app import create_app
 from coordinator.binding import bound_models, check_text
 from coordinator.service import Coordinator
@@ -255,7 +256,13 @@ def test_of_several_weights_none_is_bound_by_chance() -> None:
 
 
 # -- /v1/embeddings --------------------------------------------------------------------------------
-def test_embeddings_have_the_shape_that_openai_clients_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inline", [True, False])
+def test_embeddings_have_the_shape_that_openai_clients_read(
+    inline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not inline:  # as of many texts
+        monkeypatch.setattr(coordinator.embeddings, "INLINE_NUMBERS_MAX", 0)
+
     async def test(world: World) -> None:
         async def post(status: int = 200, **body: Any) -> Any:
             answer = await world.http.post("/v1/embeddings", content=json.dumps(body))
