@@ -122,11 +122,18 @@ class _Run:
             )
             if start:
                 self._report.say(f"Goes on after step {start} of {settings.steps}.")
+            elif (unused := self._inputs.unused(settings)) is not None:
+                self._report.say(unused)
         before = self._quality_before(start)
         if settings.mode == "parameter-server":
             self._asynchronous(start)
         else:
             self._together(start)
+        if self._report is not None and trainer.texts_cut:
+            self._report.say(
+                f"Of {trainer.texts_read:,} texts that one process read, {trainer.texts_cut:,} were cut "
+                f"after {trainer.folder.max_tokens} tokens: --max-tokens, or what the model reads."
+            )
         after = self._evaluate(settings.steps)
         verdict = judge(before, after, seed=settings.seed)
         return self._saved(before, after, verdict)

@@ -74,6 +74,7 @@ class Trainer:
         self.settings, self.mesh, self._positives_of = settings, mesh, positives_of
         self.folder = replace(folder, max_tokens=min(folder.max_tokens, settings.max_tokens))
         self._tokenizer = TextTokenizer(self.folder)
+        self.texts_read = self.texts_cut = 0  # for training, here
         self.device = torch.device(mesh.device_type)
         self._places = {name: mesh[name].get_local_rank() for name in ("dp", "pp", "tp")}
         self._powersgd: powerSGD_hook.PowerSGDState | None = None
@@ -280,6 +281,9 @@ class Trainer:
     def tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask, (n, longest) int64, on the device."""
         tokenized = self._tokenizer.tokenize(texts)
+        if self.stage.training:
+            self.texts_read += len(tokenized)
+            self.texts_cut += sum(text.truncated for text in tokenized)
         ids, mask = pad([t.token_ids for t in tokenized], self.folder.pad_token_id)
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 

@@ -24,6 +24,7 @@ from encoder.train.data import (
     write_pairs,
 )
 from encoder.train.gate import judge
+from encoder.train.inputs import Inputs
 from encoder.train.loss import BatchShape, blocked_candidates, gradient_of_rows, info_nce
 from encoder.train.metrics import Quality, quality, ranks_of_relevant
 from encoder.train.report import Report, commit, draw_curves, model_card, read_history
@@ -439,6 +440,30 @@ def test_all_meet_at_one_step_whenever_they_are_called_together():
 def test_settings_that_do_not_fit_say_what_would(tmp_path, flags, told):
     with pytest.raises(SettingsError, match=told):
         parse(["--pairs", "p.jsonl", "--out", str(tmp_path), *flags.split()])
+
+
+def test_a_gate_wants_enough_queries(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    line = '{{"query": "word {0}", "positive": "meaning {0}", "negatives": ["other {0}"]}}\n'
+    pairs.write_text("".join(line.format(n) for n in range(60)))
+    settings = parse(
+        [
+            "--pairs",
+            str(pairs),
+            "--out",
+            str(tmp_path / "o"),
+            "--held-out",
+            "19",
+            "--batch-pairs",
+            "8",
+        ]
+    )
+    inputs = Inputs.read(settings)
+    assert "41 pairs have negatives" in (inputs.unused(settings) or "")
+    assert inputs.unused(replace(settings, negatives=1)) is None
+    with pytest.raises(SettingsError, match="by 19 held-out queries: it wants 20"):
+        Inputs.read(replace(settings, gate=True))
+    Inputs.read(replace(settings, gate=True, held_out=20))
 
 
 def test_flags_reach_their_settings(tmp_path):
