@@ -332,9 +332,11 @@ class Catalog:
         unreachable at once; a crash in between leaves files that the nodes remove."""
         return await self._to_end(self._delete(name))
 
-    async def set_fingerprint(self, name: str, vector: str, fingerprint: str) -> None:
-        """Write down which weights a bound vector is of, if nobody has yet."""
+    async def set_fingerprint(self, name: str, vector: str, fingerprint: str) -> BoundModel | None:
+        """Write down which weights a bound vector is of, if nobody has yet. Returns what is written
+        down then: those of another coordinator that was first, or None where it is bound no more."""
         await self._to_end(self._set_fingerprint(name, vector, fingerprint))
+        return self.get(name).record.models.get(vector)
 
     async def set_index(self, name: str, field: str, params: dict[str, JsonValue] | None) -> None:
         """Write down, or with None remove, a payload index. Results never depend on it."""

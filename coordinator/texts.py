@@ -29,10 +29,11 @@ from coordinator.generations import (
 )
 from coordinator.parse import PendingText, PointsWrite
 from shoal.batch import DenseBlock, PointBatch
-from shoal.encoder_api import DEFAULT_MODEL, Embedding, Encoder, ModelInfo
+from shoal.encoder_api import DEFAULT_MODEL, Embedding, Encoder, ModelInfo, wrong_weights
 from shoal.errors import BadRequest, NotSupported, ShoalError, Unavailable
 from shoal.ids import format_id
 from shoal.limits import SECOND_TEXTS_MAX, SECOND_WAIT_PER_TEXT_S, SECOND_WAIT_S
+from shoal.metadata.schema import BoundModel
 from shoal.telemetry import logger
 from shoal.vectors import prepare_rows
 
@@ -66,11 +67,14 @@ def count_truncated() -> Truncated:
 class Texts:
     """The encoder, as requests to collections use it.
 
-    first_seen  told a collection, a vector and the fingerprint of the first weights that made one.
+    first_seen  told a collection, a vector and the fingerprint of the first weights that made one;
+                answers with what the vector is bound to by then.
     """
 
     def __init__(
-        self, encoder: Encoder | None, first_seen: Callable[[str, str, str], Awaitable[None]]
+        self,
+        encoder: Encoder | None,
+        first_seen: Callable[[str, str, str], Awaitable[BoundModel | None]],
     ) -> None:
         self._encoder = encoder
         self._first_seen = first_seen
@@ -155,7 +159,10 @@ class Texts:
             return (await self.encode(texts, model or DEFAULT_MODEL)).vectors
         embedded = await self.encode(texts, bound.model, bound.fingerprint)
         if bound.fingerprint is None and embedded.fingerprint is not None:
-            await self._first_seen(collection.name, vector, embedded.fingerprint)
+            known = await self._first_seen(collection.name, vector, embedded.fingerprint)
+            first = None if known is None or known.model != bound.model else known.fingerprint
+            if first not in (None, embedded.fingerprint):  # another coordinator's, of other weights
+                raise wrong_weights(bound.model, str(first), embedded.fingerprint)
         return embedded.vectors
 
     # -- writes -----------------------------------------------------------------------------------

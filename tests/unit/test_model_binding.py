@@ -131,6 +131,29 @@ def test_texts_of_another_model_are_refused(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_of_two_coordinators_with_other_weights_only_the_first_one_writes(tmp_path: Path) -> None:
+    """Both have embedded before either has heard of the other."""
+
+    async def test(world: World) -> None:
+        await world.ask("PUT", C, ONE)
+        embed = world.encoder.encode
+
+        async def slowly(*given: Any) -> Embedding:
+            answer = await embed(*given)
+            await world.coordinator.catalog.set_fingerprint("c", "", NEW)  # as the other one does
+            return answer
+
+        world.encoder.encode = slowly  # type: ignore[method-assign]
+        refused = await world.ask("PUT", f"{C}/points", point(text("four")), 400)
+        assert OLD in refused
+        assert NEW in refused
+        assert world.bound() == {"": ("org/lengths", NEW)}
+        said = await world.ask("POST", f"{C}/points/count", {"exact": True})
+        assert said["count"] == 0
+
+    run(tmp_path, test)
+
+
 def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
     async def test(world: World) -> None:
         await world.ask("PUT", C, ONE)
