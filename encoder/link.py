@@ -214,7 +214,7 @@ class Work:
     `tick`, by which the loop that answers callers says that it is alive."""
 
     def __init__(self) -> None:
-        self.ready, self.busy, self.step = False, False, 0
+        self.ready, self.busy, self.step, self.tokens = False, False, 0, 0
         self._clock: int | None = None
         self._cpu_s = 0.0
         self._ticked_s: float | None = None
@@ -227,11 +227,12 @@ class Work:
         """Whether the loop has stood still for so long that this process is to say nothing more."""
         return self._ticked_s is not None and time.monotonic() - self._ticked_s > STALL_S_MAX
 
-    def begin(self) -> None:
+    def begin(self, tokens: int) -> None:
+        """A batch of so many, padding included."""
         if self._clock is None:
             self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self.step += 1
-        self.busy = True
+        self.busy, self.tokens = True, tokens
 
     def end(self) -> None:
         self.busy = False
@@ -240,7 +241,7 @@ class Work:
         if self._clock is not None:
             with contextlib.suppress(OSError):  # at the end that thread is gone before this one
                 self._cpu_s = time.clock_gettime(self._clock)
-        return Beat(rank, self.ready, self.step, self.busy, self._cpu_s)
+        return Beat(rank, self.ready, self.step, self.busy, self._cpu_s, self.tokens)
 
 
 class Link:

@@ -13,6 +13,7 @@ counts as lost when it is silent for longer and neither runs nor waits for a cor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -25,20 +26,22 @@ SILENCE_STARTING_S_MAX = 20.0  # of one that is not ready, and does none of thes
 JOIN_S_MAX = 60.0  # from the first word of the first process to that of the last
 STANDSTILL_S_MAX = 0.6
 PROGRESS_S_MIN = 0.001  # CPU seconds that count as progress; a thread that waits uses less
-BATCH_S_MAX = 60.0  # whatever the CPU does
+BATCH_S_MAX = 60.0  # of each 1,024 tokens begun, whatever the CPU does
+BATCH_TOKENS = 1_024
 _LATE_S = 3 * BEAT_S  # a look that comes later than this judges nobody: we were not there ourselves
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """ready: it is loaded and serves. step: batches begun so far. busy: one is under way. cpu_s: of
-    the computing thread, since its start."""
+    """ready: it is loaded and serves. step: batches begun so far. busy: one is under way, of so many
+    tokens, padding included. cpu_s: of the computing thread, since its start."""
 
     rank: int
     ready: bool
     step: int
     busy: bool
     cpu_s: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,10 @@ class Liveness:
             return None
         if now_s - self._moved_s > STANDSTILL_S_MAX:
             return Lost(None, f"a batch has stood still for {now_s - self._moved_s:.1f} s")
-        if self._step_began_s is not None and now_s - self._step_began_s > BATCH_S_MAX:
-            return Lost(None, f"a batch has not ended within {BATCH_S_MAX:g} s")
+        tokens = max(heard.beat.tokens for heard in self._heard.values())
+        bound_s = BATCH_S_MAX * max(1, math.ceil(tokens / BATCH_TOKENS))
+        if self._step_began_s is not None and now_s - self._step_began_s > bound_s:
+            return Lost(None, f"a batch has not ended within {bound_s:g} s")
         return None
 
 

@@ -218,7 +218,7 @@ class Member:
     # -- rank 0: the Forward of an Engine ---------------------------------------------------------
     def forward(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         ids, mask = pad(token_ids, self.folder.pad_token_id)
-        self.work.begin()
+        self.work.begin(ids.size)
         try:
             if dist.get_world_size() > 1:
                 self._header(_BATCH, *ids.shape)
@@ -244,7 +244,7 @@ class Member:
                 return
             if operation == _IDLE:
                 continue
-            self.work.begin()
+            self.work.begin(rows * tokens)
             try:
                 self._step(torch.empty((2, rows, tokens), dtype=torch.int64, device=self.device))
             except OutOfMemory:

@@ -234,6 +234,20 @@ def test_an_empty_text_is_one_token_where_the_tokenizer_adds_none(tmp_path: Path
     np.testing.assert_allclose(alone[0], beside[0], atol=1e-5)
 
 
+def test_a_token_that_the_model_does_not_know_costs_its_own_text_only(tmp_path: Path) -> None:
+    path = make_text_model(tmp_path / "tiny")
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    file.write_text(
+        json.dumps(tokenizer | {"model": tokenizer["model"] | {"vocab": words | {"new": 204}}})
+    )
+    made = TextTokenizer(ModelFolder.read(path))
+    assert len(made.tokenize(["word1 word199"])) == 1
+    with pytest.raises(BadRequest, match="text 1 has the token 204, and the model knows 204"):
+        made.tokenize(["word1", "word2 new"])
+
+
 def test_a_learned_layer_after_pooling_is_refused_by_name(made_folder: Path) -> None:
     modules = [{"type": f"sentence_transformers.models.{k}"} for k in ("Transformer", "Dense")]
     (made_folder / "modules.json").write_text(json.dumps(modules))

@@ -131,11 +131,11 @@ class Watched:
         self.liveness = Liveness(self.now, size=2)
 
     def tick(self, *, beats: tuple[int, ...] = (0, 1), busy: bool = False, works: bool = True,
-             ready: bool = True, step: int = 1) -> object:  # fmt: skip
+             ready: bool = True, step: int = 1, tokens: int = 0) -> object:  # fmt: skip
         self.now += BEAT_S
         for rank in beats:
             self.cpu[rank] += BEAT_S if works and busy else 0.0
-            self.liveness.heard(Beat(rank, ready, step, busy, self.cpu[rank]), self.now)
+            self.liveness.heard(Beat(rank, ready, step, busy, self.cpu[rank], tokens), self.now)
         return self.liveness.look(self.now)
 
 
@@ -201,13 +201,14 @@ def test_a_process_that_never_comes_is_missed() -> None:
     assert "rank 1 has not come" in lost.why  # type: ignore[attr-defined]
 
 
-def test_a_batch_has_a_last_bound_whatever_the_cpu_does() -> None:
+@pytest.mark.parametrize(("tokens", "bounds"), [(1, 1), (1_024, 1), (2_048, 2), (8_000, 8)])
+def test_a_batch_has_a_last_bound_whatever_the_cpu_does(tokens: int, bounds: int) -> None:
     group = Watched()
     group.tick(busy=False, step=1)
     began = group.now
-    while group.tick(busy=True, step=2) is None:
-        assert group.now < began + 2 * BATCH_S_MAX
-    assert group.now - began >= BATCH_S_MAX
+    while group.tick(busy=True, step=2, tokens=tokens) is None:
+        assert group.now < began + (bounds + 1) * BATCH_S_MAX
+    assert group.now - began >= bounds * BATCH_S_MAX
 
 
 def test_a_silent_process_that_wants_a_core_gets_more_time() -> None:
@@ -262,7 +263,7 @@ def test_a_loop_that_stands_still_makes_its_process_silent(monkeypatch: pytest.M
 
 def test_a_beat_outlives_the_thread_that_computes() -> None:
     work = Work()
-    thread = threading.Thread(target=work.begin)
+    thread = threading.Thread(target=work.begin, args=(8,))
     thread.start()
     thread.join()
     before = work.beat(0)
