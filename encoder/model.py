@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from encoder.families import positions_from
 from shoal.encoder_api import DEFAULT_MODEL, Precision
-from shoal.errors import BadRequest, NotSupported, SettingsError
+from shoal.errors import NotSupported, SettingsError
 from shoal.telemetry import logger
 
 if TYPE_CHECKING:
@@ -294,15 +294,15 @@ class TextTokenizer:
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """Token ids with the special ones, cut at max_tokens; at least one. Cost about 20 us a short
-        text. Raises BadRequest for a token that the model does not know: in the middle of a batch it
+        text. Raises NotSupported for a token that the model does not know: in the middle of a batch it
         would cost everybody's."""
         encodings = self._tokenizer.encode_batch_fast(list(texts))
         if self._knows_more:
             for position, encoding in enumerate(encodings):
                 if max(encoding.ids, default=0) >= self._rows:
-                    raise BadRequest(
-                        f"Wrong input: text {position} has the token {max(encoding.ids)}, and the model "
-                        f"knows {self._rows}: its tokenizer is not the one that it was trained with"
+                    raise NotSupported(
+                        f"Text {position} has the token {max(encoding.ids)}, and the model knows "
+                        f"{self._rows}: its tokenizer is not the one that it was trained with"
                     )
         return [TokenizedText(e.ids or [self._nothing], bool(e.overflowing)) for e in encodings]
 

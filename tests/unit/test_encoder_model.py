@@ -20,7 +20,7 @@ from encoder.model import (
     cpu_computes_bfloat16,
 )
 from shoal.encoder_api import DEFAULT_MODEL, resolve_model
-from shoal.errors import BadRequest, SettingsError, StartupError
+from shoal.errors import BadRequest, NotSupported, SettingsError, StartupError
 from tests.fakes.text_models import WORDS, make_text_model
 
 TEXTS = [
@@ -244,7 +244,7 @@ def test_a_token_that_the_model_does_not_know_costs_its_own_text_only(tmp_path: 
     )
     made = TextTokenizer(ModelFolder.read(path))
     assert len(made.tokenize(["word1 word199"])) == 1
-    with pytest.raises(BadRequest, match="text 1 has the token 204, and the model knows 204"):
+    with pytest.raises(NotSupported, match="Text 1 has the token 204, and the model knows 204"):
         made.tokenize(["word1", "word2 new"])
 
 
