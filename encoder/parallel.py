@@ -14,6 +14,7 @@ all-reduces a layer for tensor parallelism, and one send a micro-batch for the p
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -62,7 +63,7 @@ __all__ = [
 SCHEDULES_MAX = 64  # shapes of batches whose schedules are kept
 SCHEDULE_BYTES_MAX = 64 * MIB  # of the states that they keep: what came in, and what went out last
 MICRO_BATCH_ROWS_MIN = 8  # smaller products waste more than the pipeline wins
-HELLO_S = 0.02  # between two looks whether the first process is there
+HELLO_S = 0.2  # for a word of the first process, then its name is read anew
 _DIMENSIONS = ("dp", "pp", "tp")
 
 
@@ -125,13 +126,13 @@ def name_of_attempt(store: Store, rank: int, size: int, *, timeout_s: float) -> 
     while True:
         name = store.get("name").decode()
         store.set(f"hello/{name}/{rank}", own)
-        if store.check([f"welcome/{own}"]):
+        with contextlib.suppress(dist.DistStoreError):  # not yet
+            store.wait([f"welcome/{own}"], datetime.timedelta(seconds=HELLO_S))
             return store.get(f"welcome/{own}").decode()
         if time.monotonic() > began + timeout_s:
             raise dist.DistStoreError(
                 f"Timed out after {timeout_s:g} s: the first process is away."
             )
-        time.sleep(HELLO_S)
 
 
 def make_mesh(layout: Layout, device: str) -> DeviceMesh:
