@@ -179,6 +179,7 @@ def switch_and_drop(migrate: Migrate, load: Load) -> None:
     assert load.answered_by(began) == {"new"}
 
 
+@pytest.mark.slow  # a coordinator that dies between any two steps is in tests/unit, too
 def test_a_restart_goes_on_where_it_was(make_server: MakeServer, meant: TwoModels) -> None:
     """Asked to end or killed, in the middle of copying and after the switch."""
     server = make_server(seal_bytes=65_536, **meant.settings)

@@ -179,7 +179,13 @@ def check(
 
 
 # -- the tests ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scan_floats_max", [limits.SCAN_FLOATS_MAX, 0], ids=["default", "graph"])
+@pytest.mark.parametrize(
+    "scan_floats_max",
+    [
+        pytest.param(limits.SCAN_FLOATS_MAX, id="default"),
+        pytest.param(0, id="graph", marks=pytest.mark.slow),
+    ],
+)
 def test_recall_and_completeness_with_every_selectivity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan_floats_max: int
 ) -> None:
