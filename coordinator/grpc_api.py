@@ -28,7 +28,6 @@ from coordinator.grpc_parse import decode
 from coordinator.grpc_stream import Context, Stream, StreamKind
 from coordinator.metrics import Metrics
 from coordinator.service import Coordinator
-from coordinator.texts import TRUNCATED_HEADER, Truncated, count_truncated
 from shoal.api.grpc_status import DETAILS_KEY, code_of, detail_of, pack_details
 from shoal.errors import BodyTooLarge, Busy, ShoalError, StartupError, Unavailable
 from shoal.limits import (
@@ -177,11 +176,10 @@ class GrpcApi:
                     )
                 self.admit(len(body))
                 try:
-                    request, truncated = decode(call.request, body), count_truncated()
+                    request = decode(call.request, body)
                     found = await call.function(self._coordinator, request)
                 finally:
                     self.done(len(body))
-                _tell(context, truncated)
                 code = grpc.StatusCode.OK
                 return found.SerializeToString()
             except ShoalError as error:
@@ -204,14 +202,12 @@ class GrpcApi:
             except ShoalError as error:
                 why = error
             else:
-                truncated = count_truncated()
                 stream = Stream(kind, self._coordinator, self, context)
                 self._streams.add(stream)
                 try:
                     why = await stream.serve()
                 finally:
                     self._streams.discard(stream)
-                _tell(context, truncated)
             if why is not None:
                 await _abort(context, code_of(why), detail_of(why))
 
@@ -250,12 +246,6 @@ class GrpcApi:
         """Log what nobody may expect; what the client is told."""
         _log.error("request_failed", operation=what, error=error)
         return _BUG
-
-
-def _tell(context: Context, truncated: Truncated) -> None:
-    """Texts that were cut are never passed over in silence."""
-    if truncated.count:
-        context.set_trailing_metadata(((TRUNCATED_HEADER, str(truncated.count)),))
 
 
 def _server_stops() -> Unavailable:

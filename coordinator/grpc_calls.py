@@ -27,6 +27,7 @@ from coordinator.parse import PointsWrite
 from coordinator.requests import AnyWrite
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
+from coordinator.texts import count_truncated
 from shoal.errors import BadRequest, InvariantError, NotFound, VectorsChanged
 from shoal.limits import (
     BODY_BYTES_MAX,
@@ -116,12 +117,15 @@ async def _exists(
 async def search(
     coordinator: Coordinator, request: points_pb2.SearchRequest
 ) -> points_pb2.SearchResponse:
+    truncated = count_truncated()
     collection = await coordinator.catalog.find(request.collection)
     query, read = parse.query_of(request), parse.read_of(request.read)
     if request.model:
         collection = coordinator.texts.numbers_of(collection, request.model)
         coordinator.texts.check_numbers(collection, request.model, (query.using,), reading=True)
-    return render_hits(await coordinator.query(collection, query, read))
+    answer = render_hits(await coordinator.query(collection, query, read))
+    answer.truncated_texts = truncated.count
+    return answer
 
 
 async def _search_batch(
@@ -174,6 +178,7 @@ async def _count(
 async def _write(
     read: Callable[[Any, VectorFields], AnyWrite], coordinator: Coordinator, request: Any
 ) -> points_pb2.WriteResult:
+    truncated = count_truncated()
     collection = await coordinator.catalog.find(request.collection)
     declared = getattr(request, "model", "")  # of writes that bring vectors
     if declared:
@@ -193,6 +198,7 @@ async def _write(
             else points_pb2.UPDATE_STATUS_ACKNOWLEDGED
         ),
         token=written.token,
+        truncated_texts=truncated.count,
     )
 
 

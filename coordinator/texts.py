@@ -41,9 +41,7 @@ __all__ = ["TRUNCATED_HEADER", "Texts", "Truncated", "count_truncated", "second_
 
 _log = logger("texts")
 
-TRUNCATED_HEADER = (
-    "shoal-truncated-texts"  # of an HTTP answer; over gRPC, metadata at the end of a call
-)
+TRUNCATED_HEADER = "shoal-truncated-texts"  # of an HTTP answer; over gRPC a field says it
 
 
 @dataclass(slots=True)

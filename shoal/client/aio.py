@@ -509,7 +509,7 @@ class AsyncClient:
         Returns      what was written. An error says how much was, in a note; that stays written.
         """
 
-        async def send(batch: Batch) -> None:
+        async def send(batch: Batch) -> WriteResult:
             request = self._upsert_request(collection, batch, model=model)
             written = await self._core.run(
                 lambda connection, left: connection.upsert(request, left),
@@ -518,6 +518,7 @@ class AsyncClient:
                 timeout_s=timeout_s,
             )
             self._seen.remember(collection, written.token)
+            return decode.write_result(written)
 
         return await upload_batches(
             points, send, batch_points=batch_points, in_flight=in_flight, on_progress=on_progress

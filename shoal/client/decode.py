@@ -50,7 +50,11 @@ _decoder: msgspec.json.Decoder[Payload] = msgspec.json.Decoder(dict[str, Any])
 
 
 def hits(message: points_pb2.SearchResponse) -> Hits:
-    return Hits(*_columns(message.points), scores=np.frombuffer(message.scores, "<f4"))
+    return Hits(
+        *_columns(message.points),
+        scores=np.frombuffer(message.scores, "<f4"),
+        truncated_texts=message.truncated_texts,
+    )
 
 
 def points(message: wire.PointBatch) -> Points:
@@ -68,7 +72,7 @@ def page(message: points_pb2.ScrollResponse) -> Page:
 
 
 def write_result(message: points_pb2.WriteResult) -> WriteResult:
-    return WriteResult(message.operation_id, message.token)
+    return WriteResult(message.operation_id, message.token, message.truncated_texts)
 
 
 _Columns = tuple[

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
 from shoal.client.encode import split
-from shoal.client.values import Batch, UploadProgress
+from shoal.client.values import Batch, UploadProgress, WriteResult
 from shoal.errors import BadRequest
 from shoal.limits import BATCH_POINTS_MAX, MIB
 
@@ -18,7 +18,7 @@ _BATCH_BYTES_TARGET = 4 * MIB  # of vectors: far below what a server takes, payl
 
 async def upload_batches(
     points: Batch | Iterable[Batch] | AsyncIterable[Batch],
-    send: Callable[[Batch], Awaitable[None]],
+    send: Callable[[Batch], Awaitable[WriteResult]],
     *,
     batch_points: int,
     in_flight: int,
@@ -31,16 +31,16 @@ async def upload_batches(
             f"Wrong input: batch_points must be from 1 to {BATCH_POINTS_MAX}, in_flight at least 1"
         )
     began = time.monotonic()
-    written = batches = 0
-    under_way: dict[asyncio.Task[None], int] = {}
+    written = batches = truncated = 0
+    under_way: dict[asyncio.Task[WriteResult], int] = {}
     failed: BaseException | None = None
 
     def progress() -> UploadProgress:
-        return UploadProgress(written, batches, time.monotonic() - began)
+        return UploadProgress(written, batches, time.monotonic() - began, truncated)
 
     async def settle(*, until: int) -> None:
         """Wait until at most `until` are under way."""
-        nonlocal written, batches, failed
+        nonlocal written, batches, truncated, failed
         while len(under_way) > until:
             done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -50,6 +50,7 @@ async def upload_batches(
                     failed = failed or error
                     continue
                 written, batches = written + count, batches + 1
+                truncated += task.result().truncated_texts
                 if on_progress is not None:
                     on_progress(progress())
 

@@ -238,9 +238,11 @@ class Points(Columns[Point]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hits(Columns[Hit]):
-    """Points that were found, best first. scores (n,) float32."""
+    """Points that were found, best first. scores (n,) float32. truncated_texts: 1 when the text that
+    was asked for is longer than its model reads, so that only its beginning counted."""
 
     scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    truncated_texts: int = 0
 
     def _at(self, row: int) -> Hit:
         return Hit(
@@ -260,22 +262,26 @@ class Page:
 class WriteResult:
     """The write is durable and visible.
 
-    operation_id  log sequence number; the largest of the shards touched.
-    token         another client that gives it to `remember` sees this write. This client has done
-                  so already.
+    operation_id     log sequence number; the largest of the shards touched.
+    token            another client that gives it to `remember` sees this write. This client has done
+                     so already.
+    truncated_texts  that are longer than their model reads: the vectors are of their beginnings.
     """
 
     operation_id: int
     token: str
+    truncated_texts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class UploadProgress:
-    """points, batches: acknowledged so far, and so durable. seconds: since the beginning."""
+    """points, batches: acknowledged so far, and so durable. seconds: since the beginning.
+    truncated_texts: see `WriteResult`."""
 
     points: int
     batches: int
     seconds: float
+    truncated_texts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

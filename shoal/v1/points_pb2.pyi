@@ -70,12 +70,14 @@ class SearchRequest(_message.Message):
     def __init__(self, collection: _Optional[str] = ..., vector: _Optional[bytes] = ..., point: _Optional[_Union[_common_pb2.PointId, _Mapping]] = ..., text: _Optional[_Union[Text, _Mapping]] = ..., using: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., filter: _Optional[bytes] = ..., score_threshold: _Optional[float] = ..., exact: bool = ..., ef: _Optional[int] = ..., with_payload: _Optional[_Union[_common_pb2.PayloadSelector, _Mapping]] = ..., with_vectors: _Optional[_Union[_common_pb2.VectorSelector, _Mapping]] = ..., read: _Optional[_Union[_common_pb2.ReadOptions, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class SearchResponse(_message.Message):
-    __slots__ = ("points", "scores")
+    __slots__ = ("points", "scores", "truncated_texts")
     POINTS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_TEXTS_FIELD_NUMBER: _ClassVar[int]
     points: _ops_pb2.PointBatch
     scores: bytes
-    def __init__(self, points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., scores: _Optional[bytes] = ...) -> None: ...
+    truncated_texts: int
+    def __init__(self, points: _Optional[_Union[_ops_pb2.PointBatch, _Mapping]] = ..., scores: _Optional[bytes] = ..., truncated_texts: _Optional[int] = ...) -> None: ...
 
 class SearchBatchRequest(_message.Message):
     __slots__ = ("searches",)
@@ -182,14 +184,16 @@ class CountResponse(_message.Message):
     def __init__(self, count: _Optional[int] = ...) -> None: ...
 
 class WriteResult(_message.Message):
-    __slots__ = ("operation_id", "status", "token")
+    __slots__ = ("operation_id", "status", "token", "truncated_texts")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_TEXTS_FIELD_NUMBER: _ClassVar[int]
     operation_id: int
     status: UpdateStatus
     token: str
-    def __init__(self, operation_id: _Optional[int] = ..., status: _Optional[_Union[UpdateStatus, str]] = ..., token: _Optional[str] = ...) -> None: ...
+    truncated_texts: int
+    def __init__(self, operation_id: _Optional[int] = ..., status: _Optional[_Union[UpdateStatus, str]] = ..., token: _Optional[str] = ..., truncated_texts: _Optional[int] = ...) -> None: ...
 
 class TextColumn(_message.Message):
     __slots__ = ("name", "model", "texts", "present")

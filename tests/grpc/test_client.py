@@ -193,7 +193,12 @@ def test_texts(shoal_client, collection):
         collection, text="repair the heating", limit=1, with_payload=True, timeout_s=120
     )
     assert hits[0].payload == {"note": notes[0]}
-    assert len(shoal_client.search(collection, text="anything")) == 2
+    assert (hits.truncated_texts, len(shoal_client.search(collection, text="anything"))) == (0, 2)
+    long = "word " * 1_000
+    assert shoal_client.upsert(collection, [3, 4], Texts([long, "short"])).truncated_texts == 1
+    sent = shoal_client.upload(collection, Batch([5, 6], Texts([long, long])))
+    assert sent.truncated_texts == 2
+    assert shoal_client.search(collection, text=long).truncated_texts == 1
     with pytest.raises(BadRequest, match="model"):
         shoal_client.search(collection, text="x", model="no such model")
 

@@ -22,7 +22,6 @@ from coordinator.grpc_api import GrpcApi
 from coordinator.grpc_calls import CALLS
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
-from coordinator.texts import TRUNCATED_HEADER
 from shoal.api.grpc_status import DETAILS_KEY, unpack_details
 from shoal.encoder_api import Embedding, ModelInfo
 from shoal.errors import StartupError, StorageFull
@@ -179,29 +178,21 @@ class CutsAll:
     async def close(self) -> None: ...
 
 
-def test_texts_that_were_cut_are_told_at_the_end_of_a_call(tmp_path):
-    async def told(call: Any) -> str | None:
-        return dict(await call.trailing_metadata()).get(TRUNCATED_HEADER)
-
+def test_texts_that_were_cut_are_told(tmp_path):
     async def test(world: World) -> None:
         await world.with_points()
         one = points_pb2.SearchRequest(collection="c", text=points_pb2.Text(text="long"))
         many = points_pb2.SearchBatchRequest(searches=[one, search(), one])
-        for method, request, expected in (
-            ("Search", one, "1"),
-            ("SearchBatch", many, "2"),
-            ("Search", search(), None),
-        ):
-            call = world.channel.unary_unary(f"/shoal.v1.Points/{method}")(
-                request.SerializeToString()
-            )
-            await call
-            assert await told(call) == expected
+        answer = await world.channel.unary_unary("/shoal.v1.Points/SearchBatch")(
+            many.SerializeToString()
+        )
+        told = points_pb2.SearchBatchResponse.FromString(answer).results
+        assert [result.truncated_texts for result in told] == [1, 0, 1]
         stream = world.stream()
-        await stream.write(items((1, one), (2, search()), (3, one), (4, one)))
+        await stream.write(items((1, one), (2, search()), (3, one)))
         await stream.done_writing()
-        assert [len(message.items) async for message in stream]
-        assert await told(stream) == "3"
+        replies = [item async for message in stream for item in message.items]
+        assert {r.tag: r.result.truncated_texts for r in replies} == {1: 1, 2: 0, 3: 1}
 
     run(tmp_path, test, encoder=CutsAll())
 
