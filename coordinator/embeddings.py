@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -21,12 +23,12 @@ from pydantic import BaseModel, Field, field_validator
 
 from coordinator.http import Answer, Call
 from coordinator.json_body import validate
-from shoal.api.models import Strict
+from shoal.api.models import EmbedRequest, Strict
 from shoal.encoder_api import Embedding
 from shoal.errors import BadRequest, Busy, ShoalError
 from shoal.limits import TEXTS_PER_REQUEST_MAX
 
-__all__ = ["EmbeddingsRequest", "EmbeddingsResult", "embeddings"]
+__all__ = ["EmbeddingsRequest", "EmbeddingsResult", "embed", "embeddings"]
 
 INLINE_NUMBERS_MAX = 32_768  # that become JSON in the event loop: less than 10 ms
 
@@ -84,9 +86,31 @@ async def embeddings(call: Call) -> Answer:
             )
     except ShoalError as error:
         return _refusal(error)
+    return Answer(200, await _in_turns(embedded, partial(_rendered, request, embedded)))
+
+
+async def embed(call: Call) -> bytes:
+    """`POST /shoal/v1/embed`: the same with Shoal's envelope."""
+    request = validate(EmbedRequest, call.body)
+    embedded = await call.coordinator.encode(request.texts, request.model)
+    return await _in_turns(embedded, partial(_enveloped, request, embedded))
+
+
+async def _in_turns(embedded: Embedding, render: Callable[[], bytes]) -> bytes:
     if embedded.vectors.size <= INLINE_NUMBERS_MAX:
-        return Answer(200, _rendered(request, embedded))
-    return Answer(200, await asyncio.to_thread(_rendered, request, embedded))
+        return render()
+    return await asyncio.to_thread(render)
+
+
+def _enveloped(request: EmbedRequest, embedded: Embedding) -> bytes:
+    return msgspec.json.encode(
+        {
+            "vectors": [msgspec.Raw(msgspec.json.encode(v.tolist())) for v in embedded.vectors],
+            "model": request.model,
+            "tokens": embedded.tokens.tolist(),
+            "truncated": np.flatnonzero(embedded.truncated).tolist(),
+        }
+    )
 
 
 def _rendered(request: EmbeddingsRequest, embedded: Embedding) -> bytes:

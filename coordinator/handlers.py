@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from coordinator import requests
@@ -110,19 +109,6 @@ async def cluster_report(call: Call) -> bytes:
 
 async def cluster_peers(call: Call) -> bytes:
     return msgspec.json.encode(await call.coordinator.describe_peers())
-
-
-async def embed(call: Call) -> bytes:
-    request = validate(models.EmbedRequest, call.body)
-    embedded = await call.coordinator.encode(request.texts, request.model)
-    return msgspec.json.encode(
-        {
-            "vectors": embedded.vectors.tolist(),
-            "model": request.model,
-            "tokens": embedded.tokens.tolist(),
-            "truncated": np.flatnonzero(embedded.truncated).tolist(),
-        }
-    )
 
 
 # -- collections ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from coordinator import handlers
-from coordinator.embeddings import EmbeddingsRequest, EmbeddingsResult, embeddings
+from coordinator.embeddings import EmbeddingsRequest, EmbeddingsResult, embed, embeddings
 from coordinator.http import Route
 from shoal.api import migration, models
 from shoal.api.models import Envelope
@@ -47,7 +47,7 @@ _SERVER = (
         request=EmbeddingsRequest, result=EmbeddingsResult, tag="server",
     ),
     Route(
-        "POST", "/shoal/v1/embed", "embed", handlers.embed, "Turn texts into vectors",
+        "POST", "/shoal/v1/embed", "embed", embed, "Turn texts into vectors",
         request=models.EmbedRequest, result=Envelope[models.EmbedResult],
         options=("timeout",), tag="server",
     ),
