@@ -182,8 +182,7 @@ def check_searchable(pair: Pair | None, vector: str) -> None:
         return
     raise BadRequest(
         f"Wrong input: the vector '{vector}' is being changed to the model {pair.given.model.model}, "
-        f"and not all points have its vectors yet: search with {pair.second.model.model} until the "
-        "switch"
+        f"which answers from the switch on: search with {pair.second.model.model} until the switch"
     )
 
 

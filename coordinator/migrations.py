@@ -236,7 +236,7 @@ class Migrations:
                 raise BadRequest(
                     f"Wrong input: {left} points have no vector of {pair.second.model.model} yet, and "
                     "would not be found: wait until `left` is 0, or, if they have no text, send "
-                    '`{"allow_missing": true}`'
+                    "`allow_missing`"
                 )
         return await self._exchange(
             collection, vector, await self._floor(collection), switched=True

@@ -78,6 +78,7 @@ PROBE_TEXTS = (
     "word " * 100,
 )
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)?")
 _NAMED = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9._-]+)?)\s*=\s*(\S.*)", re.DOTALL)
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
@@ -153,10 +154,11 @@ def find_model(wanted: str) -> tuple[str, tuple[str, ...], Path]:
         return named[1].lower(), _short(named[1]), _folder_of(named[2])
     cached = _cached_model(wanted)
     if cached is None:
+        # Names there have one slash at most; with another one, or a dot in front, a folder was meant.
+        hint = f": `hf download {wanted}` would put it there" if _HUB_NAME.fullmatch(wanted) else ""
         raise SettingsError(
             f"The model {wanted!r} is neither {DEFAULT_MODEL}, nor a folder with config.json, "
-            "tokenizer.json and model.safetensors, nor in the Hugging Face cache: `hf download "
-            f"{wanted}` would put it there."
+            f"tokenizer.json and model.safetensors, nor in the Hugging Face cache{hint}."
         )
     return wanted.lower(), _short(wanted), cached
 

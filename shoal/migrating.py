@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import threading
@@ -40,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
     server = Server(arguments.url, arguments.api_key or os.environ.get("SHOAL_API_KEY"))
     migration = _Migration(server, arguments.collection, arguments.vector)
     try:
+        _refuse_others(arguments)
         return _ACTIONS[arguments.action](migration, arguments)
     except Refused as refused:
         raise MigrateFailed(refused.message) from None
@@ -76,6 +78,8 @@ def _start(migration: _Migration, arguments: argparse.Namespace) -> int:
             raise MigrateFailed(f"`start` needs --{name.replace('_', '-')}.")
     wanted = ("model", "fingerprint", "text_field", "current_model", "points_per_second")
     body = {name: value for name in wanted if (value := getattr(arguments, name)) is not None}
+    if body.get("points_per_second") == math.inf:
+        body["points_per_second"] = None  # JSON has no infinity
     migration.ask("", body)
     try:
         with _shown() as show:
@@ -83,15 +87,24 @@ def _start(migration: _Migration, arguments: argparse.Namespace) -> int:
                 status = migration.status()
                 show(status)
                 left = status["left"] - (status.get("without_text") or 0)
-                if status["phase"] == "copying" and left <= 0:
+                if status["phase"] == "copying" and (left <= 0 or _paused(status)):
                     break
                 threading.Event().wait(_LOOK_S)
     except KeyboardInterrupt:
         print("The server goes on; `shoal migrate status` tells how far it is.", file=sys.stderr)
         return 130
     _say(status)
-    print("Next: `shoal migrate compare`, then `switch`.")
+    if left > 0:
+        print("Go on with `shoal migrate start` and another --points-per-second; `inf`: no bound.")
+    elif status["switched"]:
+        print("Next: `shoal migrate drop`, or `rollback`.")
+    else:
+        print("Next: `shoal migrate compare`, then `switch`.")
     return 0
+
+
+def _paused(status: dict[str, Any]) -> bool:
+    return status.get("points_per_second_max") == 0
 
 
 def _status(migration: _Migration, arguments: argparse.Namespace) -> int:
@@ -101,20 +114,27 @@ def _status(migration: _Migration, arguments: argparse.Namespace) -> int:
 
 def _say(status: dict[str, Any]) -> None:
     current, other = status["current"]["model"], status["other"]["model"]
-    print(f"{status['phase']}: searched with {current}, {other} kept beside it")
+    if status["phase"] == "dropping":
+        print(f"dropping: searched with {current}, the vectors of {other} are being removed")
+        return
+    phase = "switched" if status["switched"] else status["phase"]
+    print(f"{phase}: searched with {current}, {other} kept beside it")
     print(
         f"{status['done']:,} of {status['points']:,} points have both, {status['left']:,} lack the other"
     )
     if without := status.get("without_text"):
         print(f"{without:,} have no text at `{status['text_field']}`, so they cannot get it")
-    if rate := status.get("points_per_second"):
-        print(f"{rate:,.0f} points/s lately")
+    if status["left"] > (status.get("without_text") or 0):
+        if _paused(status):
+            print("It is paused: --points-per-second is 0")
+        elif rate := status.get("points_per_second"):
+            print(f"{rate:,.0f} points/s lately")
     if error := status.get("error"):
         print(f"It waits: {error}")
 
 
 def _compare(migration: _Migration, arguments: argparse.Namespace) -> int:
-    body: dict[str, Any] = {"limit": arguments.limit}
+    body: dict[str, Any] = {} if arguments.limit is None else {"limit": arguments.limit}
     if arguments.queries is not None:
         body["queries"] = _read_queries(arguments.queries)
     said = migration.ask("compare", body)
@@ -129,7 +149,8 @@ def _compare(migration: _Migration, arguments: argparse.Namespace) -> int:
     if said["left"]:
         print(f"{said['left']:,} points lack the other vector: its answers cannot hold them yet")
     worst = said["most_different"][0]
-    print(f"Answers differ most for {worst['text']!r} (overlap {worst['overlap']:.2f})")
+    if worst["overlap"] < 1:
+        print(f"Answers differ most for {worst['text']!r} (overlap {worst['overlap']:.2f})")
     return 0
 
 
@@ -169,7 +190,7 @@ def _rollback(migration: _Migration, arguments: argparse.Namespace) -> int:
 def _drop(migration: _Migration, arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         raise MigrateFailed("`drop` needs --model: the one whose vectors are to go, to be sure.")
-    migration.ask("drop", {"model": arguments.model})
+    migration.ask("drop", {"model": arguments.model, "allow_missing": arguments.allow_missing})
     print(f"The vectors of {arguments.model} are being removed.")
     return 0
 
@@ -182,6 +203,27 @@ _ACTIONS: dict[str, Callable[[_Migration, argparse.Namespace], int]] = {
     "rollback": _rollback,
     "drop": _drop,
 }
+# What one action alone reads would do nothing in another, and whoever gave it thinks that it did.
+_FLAGS = {
+    "model": ("start", "drop"),
+    "fingerprint": ("start",),
+    "text_field": ("start",),
+    "current_model": ("start",),
+    "points_per_second": ("start",),
+    "queries": ("compare",),
+    "limit": ("compare",),
+    "allow_missing": ("switch", "drop"),
+}
+
+
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    for name, actions in _FLAGS.items():
+        given = getattr(arguments, name)
+        if given is not None and given is not False and arguments.action not in actions:
+            flag, readers = name.replace("_", "-"), " and ".join(f"`{x}`" for x in actions)
+            raise MigrateFailed(
+                f"`{arguments.action}` takes no --{flag}, which is for {readers}: leave it out."
+            )
 
 
 @contextmanager
@@ -238,11 +280,15 @@ def _parser() -> argparse.ArgumentParser:
         "--points-per-second",
         type=float,
         metavar="RATE",
-        help="of the background copy, at most; 0: it waits [default: no bound]",
+        help="of the background copy, at most; 0: it waits; inf: no bound [default: as it was]",
     )
     add("--queries", type=Path, metavar="FILE", help='JSON lines: {"text", "relevant": {id: gain}}')
-    add("--limit", type=int, default=10, metavar="K", help="of overlap@k and nDCG@k [default 10]")
-    add("--allow-missing", action="store_true", help="switch although points lack the new vector")
+    add("--limit", type=int, metavar="K", help="of overlap@k and nDCG@k [default 10]")
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="switch or drop although points would be left without a vector",
+    )
     add("--url", default=DEFAULT_URL, help=f"the server [default {DEFAULT_URL}]")
     add("--api-key", metavar="KEY", help="[default: SHOAL_API_KEY]")
     return parser

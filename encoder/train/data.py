@@ -202,6 +202,11 @@ def _pair(row: Mapping[str, Any], where: str) -> Pair:
         raise SettingsError(f"{where}: `negatives` is neither a text nor a list of texts.")
     if len(negatives) > NEGATIVES_MAX:
         raise SettingsError(f"{where} has {len(negatives)} negatives; {NEGATIVES_MAX} are taken.")
+    for name in ("query", "positive"):
+        if name not in row:
+            raise SettingsError(
+                f"{where} has no `{name}`; its fields are: {', '.join(map(str, row)) or 'none'}."
+            )
     return Pair(
         _text(row.get("query"), "query", where),
         _text(row.get("positive"), "positive", where),

@@ -21,10 +21,10 @@ class Verdict:
         if self.accepted:
             return f"Accepted: held-out nDCG@10 gains {self.gain}."
         if self.gain.high < 0:
-            return f"Refused: held-out nDCG@10 got worse by {self.gain}."
+            return f"Not accepted: held-out nDCG@10 got worse, its gain is {self.gain}."
         return (
-            f"Refused: held-out nDCG@10 gains {self.gain}, which may be chance. Train longer, on more "
-            "pairs, or hold out more queries."
+            f"Not accepted: held-out nDCG@10 gains {self.gain}, which may be chance. Train longer, on "
+            "more pairs, or hold out more queries."
         )
 
 

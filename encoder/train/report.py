@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ __all__ = ["Report", "commit", "draw_curves", "model_card", "read_history"]
 
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # what `bundled` is known as
+LINE_EVERY_S = 30
 METRIC_NAMES = {"recall@10": "recall@10", "ndcg@10": "nDCG@10", "mrr": "MRR"}
 # What has no part in what comes out, or is the business of one machine. Where not all take each step
 # together, they do at evaluations and checkpoints: then those have a part.
@@ -44,7 +47,8 @@ _NOT_IN_CARD_OF_SYNC = (*_NOT_IN_CARD, "checkpoint_every", "eval_every")
 
 
 class Report:
-    """steps: of the whole run; start: where it begins, after a checkpoint more than 0.
+    """steps: of the whole run; start: where it begins, after a checkpoint more than 0. shown: with a
+    bar; else, as in a log, a line from time to time.
 
     A disk that is full ends no run here: what cannot be written is told once, and the next checkpoint
     says the rest.
@@ -69,6 +73,8 @@ class Report:
             disable=not shown,
         )
         self._metrics = ""
+        self._steps = steps
+        self._next_line = math.inf if shown else time.monotonic() + LINE_EVERY_S
         self._progress.start()
         self._task = self._progress.add_task("training", total=steps, completed=start)
 
@@ -77,6 +83,9 @@ class Report:
         self._write(step, "train", figures)
         text = f"loss {figures['loss']:.4f}{self._metrics}"
         self._progress.update(self._task, completed=step, description=text)
+        if time.monotonic() >= self._next_line:
+            self.say(f"Step {step} of {self._steps}: {text}")
+            self._next_line = time.monotonic() + LINE_EVERY_S
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """figures: recall@10, ndcg@10, mrr on the held-out queries."""

@@ -198,7 +198,8 @@ def test_pairs_come_from_all_kinds_of_files(tmp_path):
     [
         ("a.jsonl", "{", "row 1 is not JSON"),
         ("a.jsonl", "[]", "not a JSON object"),
-        ("a.jsonl", '{"query": "q"}', "`positive` must be a text"),
+        ("a.jsonl", '{"query": "q"}', "row 1 has no `positive`; its fields are: query"),
+        ("a.jsonl", '{"query": "q", "positive": 5}', "`positive` must be a text"),
         ("a.jsonl", '{"query": "q", "positive": " "}', "`positive` must be a text"),
         ("a.jsonl", '{"query": "q", "positive": "p", "negatives": 3}', "neither"),
         ("a.jsonl", "", "no pairs"),
@@ -208,7 +209,7 @@ def test_pairs_come_from_all_kinds_of_files(tmp_path):
         ("a.csv", "question,answer\nq,p\n", "no column query and no column positive.*question"),
         ("a.csv", "query,answer\nq,p\n", "no column positive; its columns are: query, answer"),
         ("a.csv", "", "its columns are: none"),
-        ("a.csv", "query,positive\nq\n", "row 2: `positive` must be a text"),
+        ("a.csv", "query,positive\nq\n", "row 2 has no `positive`; its fields are: query"),
         ("a.csv", 'query,positive\nq,"p\nq2,p2\n', "not CSV"),
         ("a.parquet", "query", "cannot be read as Parquet"),
         ("a.txt", "q p", "not as .txt"),
@@ -483,6 +484,16 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     report.close()
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1]
+
+
+def test_without_a_terminal_a_line_tells_now_and_then_how_far_a_run_is(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("encoder.train.report.LINE_EVERY_S", 0)
+    report = Report(tmp_path, steps=3, start=0, shown=False)
+    report.step(1, loss=1.5)
+    report.close()
+    assert "Step 1 of 3: loss 1.5000" in capsys.readouterr().err
 
 
 def test_a_run_that_begins_anew_leaves_no_line_of_an_earlier_one(tmp_path):
