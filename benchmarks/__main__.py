@@ -94,7 +94,7 @@ def summary() -> None:
             kept = "yes" if claim["kept"] else "**no**"
             out.append(
                 f"| {link} | {claim['what']} | {sign} {claim['goal']:,g} {claim['unit']} | "
-                f"{claim['figure']:,.4g} {claim['unit']} | {kept} | {about} |"
+                f"{claim['figure']:,.5g} {claim['unit']} | {kept} | {about} |"
             )
     (RESULTS / "README.md").write_text("\n".join(out) + "\n")
 

@@ -609,7 +609,7 @@ class Report:
                 sign = {"<=": "≤", ">=": "≥"}[c["relation"]]
                 out.append(
                     f"| {c['what']} | {sign} {c['goal']:,g} {c['unit']} | "
-                    f"{c['figure']:,.4g} {c['unit']} | {'yes' if c['kept'] else '**no**'} |"
+                    f"{c['figure']:,.5g} {c['unit']} | {'yes' if c['kept'] else '**no**'} |"
                 )
             out.append("")
         if self.columns:
