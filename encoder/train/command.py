@@ -98,7 +98,7 @@ def launch(settings: TrainSettings, program: Sequence[str]) -> int:
             how = "; ".join(_ended(rank, f.exitcode) for rank, f in sorted(error.failures.items()))
             raise TrainingFailed(
                 f"The run ended before its model was saved: {how}. The same command goes on from the "
-                "last checkpoint."
+                "last checkpoint, or begins anew where there is none."
             ) from None
         return int(status.read_text(encoding="ascii")) if status.is_file() else 0
 
