@@ -24,6 +24,7 @@ const view = {
 let status = null; // last answer of /shoal/v1/status
 let cluster = null; // last answer of /shoal/v1/cluster, or the sentence why there is none
 let clusterAt = 0; // when that was asked for
+let changes = {}; // by vector, how far a change of its model is
 let target = null; // what of the collection is searched: see `targetOf`
 let facets = null; // {key, counts: Map, partial, points, at}
 let running = null; // AbortController of the search under way
@@ -127,6 +128,7 @@ async function poll() {
   try {
     status = (await call("GET", "shoal/v1/status")).result;
     await lookAtCluster();
+    await lookAtChanges();
     await showServer();
   } catch (failure) {
     if (failure.code === 401 || failure.code === 403) return askForKey(failure);
@@ -151,6 +153,23 @@ async function lookAtCluster() {
     if (!(failure instanceof Refused) || failure.code === 401 || failure.code === 0) throw failure;
     cluster = sentence(failure.message);
   }
+}
+
+// Of this collection. One that has just ended answers 404.
+async function lookAtChanges() {
+  const vectors = Object.entries(collectionStatus()?.vectors ?? {}).filter(([, vector]) => vector.migration);
+  const found = await Promise.all(
+    vectors.map(async ([name]) => {
+      const path = pathOf(view.collection, `/vectors/${encodeURIComponent(name || "-")}/migrate`);
+      try {
+        return [name, (await call("GET", path)).result];
+      } catch (failure) {
+        if (!(failure instanceof Refused) || [401, 403, 0].includes(failure.code)) throw failure;
+        return [name, null];
+      }
+    }),
+  );
+  changes = Object.fromEntries(found);
 }
 
 async function showServer() {
@@ -264,11 +283,14 @@ function showCollections() {
   $("chooser").hidden = !names.length;
 }
 
-function migrationText({ model, migration }) {
+function migrationText({ model, migration }, far) {
   const short = (name) => name.split("/").pop();
   if (migration.phase === "dropping") return `${short(model)}; ${short(migration.other)} is being removed`;
-  if (migration.switched) return `${short(model)}; ${short(migration.other)} kept for a rollback`;
-  return `${short(model)}, being changed to ${short(migration.other)}`;
+  const what = migration.switched
+    ? `${short(model)}; ${short(migration.other)} kept for a rollback`
+    : `${short(model)}, being changed to ${short(migration.other)}`;
+  const many = far?.left ? `: ${count(far.done)} of ${count(far.points)} points` : "";
+  return `${what}${many}${far?.error ? `. It waits: ${far.error}` : ""}`;
 }
 
 const HEALTH = { green: "settled", yellow: "working", red: "in trouble" };
@@ -299,7 +321,7 @@ function showState() {
       ["On disk", bytes(current.bytes_on_disk)],
       ...Object.entries(current.vectors)
         .filter(([, vector]) => vector.migration)
-        .map(([name, vector]) => [name ? `Change of ${name}` : "Change", migrationText(vector)]),
+        .map(([name, vector]) => [name ? `Change of ${name}` : "Change", migrationText(vector, changes[name])]),
     );
   }
   if (status.disk) lines.push(["Disk free", bytes(status.disk.free_bytes)]);

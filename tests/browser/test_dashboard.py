@@ -10,14 +10,17 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
+import migration_load
 import pytest
 from fakes.front import serve_front
 from fakes.metadata import FakeStore
 from harness import MakeServer, Server
+from migration_load import Http, Migrate, TwoModels, create
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
@@ -376,3 +379,19 @@ def test_a_cluster_is_shown_and_what_it_lacks(driver: webdriver.Chrome) -> None:
         page.open()
         page.until("the sentence", lambda: "does not answer" in page.texts("#cluster-note")[0])
     assert not [line for line in page.console() if "SEVERE" in line and "503" not in line]
+
+
+def test_how_far_a_change_of_model_is(driver, make_server: MakeServer, tmp_path: Path) -> None:
+    meant = TwoModels(tmp_path)
+    server = make_server(**meant.settings)
+    with server.http() as plain:
+        create(plain)
+    with closing(Http(server.url)) as http, closing(Migrate(server.url)) as migrate:
+        migration_load.fill(http, 20, 1)
+        migrate.start(points_per_second=0)
+        page = Page(driver, server.url).open()
+        far = "old, being changed to new: 0 of 20 points"
+        page.until("how far it is", lambda: far in page.texts("#state dd"))
+        migrate.start(points_per_second=None)
+        done = "old, being changed to new"
+        page.until("the end of the copy", lambda: done in page.texts("#state dd"))
