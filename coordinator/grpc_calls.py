@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from coordinator import grpc_parse as parse
+from coordinator.catalog import Collection
 from coordinator.describe import describe_collection
 from coordinator.grpc_render import (
     render_collection,
@@ -23,11 +24,13 @@ from coordinator.grpc_render import (
     render_retrieved,
     render_scroll,
 )
+from coordinator.migrations import Migrations
 from coordinator.parse import PointsWrite
 from coordinator.requests import AnyWrite
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
 from coordinator.texts import count_truncated
+from shoal.api.migration import MigrationStatus
 from shoal.errors import BadRequest, InvariantError, NotFound, VectorsChanged
 from shoal.limits import (
     BODY_BYTES_MAX,
@@ -206,21 +209,13 @@ upsert = _of_collection(partial(_write, parse.upsert))
 
 
 # -- changing the model of a vector ---------------------------------------------------------------
-@_of_collection
-async def _start(
-    coordinator: Coordinator, request: migrations_pb2.StartMigrationRequest
+async def _migrate(
+    ask: Callable[[Migrations, Collection, Any], Awaitable[MigrationStatus]],
+    coordinator: Coordinator,
+    request: Any,
 ) -> migrations_pb2.MigrationStatus:
     collection = await coordinator.catalog.find(request.collection)
-    wanted = parse.migration_of(request)
-    return render_migration(await coordinator.migrations.start(collection, request.vector, wanted))
-
-
-@_of_collection
-async def _status(
-    coordinator: Coordinator, request: migrations_pb2.MigrationStatusRequest
-) -> migrations_pb2.MigrationStatus:
-    collection = await coordinator.catalog.find(request.collection)
-    return render_migration(await coordinator.migrations.status(collection, request.vector))
+    return render_migration(await ask(coordinator.migrations, collection, request))
 
 
 @_of_collection
@@ -232,32 +227,6 @@ async def _compare(
     return render_comparison(
         await coordinator.migrations.compare(collection, request.vector, wanted)
     )
-
-
-@_of_collection
-async def _switch(
-    coordinator: Coordinator, request: migrations_pb2.SwitchModelRequest
-) -> migrations_pb2.MigrationStatus:
-    collection = await coordinator.catalog.find(request.collection)
-    wanted = parse.switch_of(request)
-    return render_migration(await coordinator.migrations.switch(collection, request.vector, wanted))
-
-
-@_of_collection
-async def _rollback(
-    coordinator: Coordinator, request: migrations_pb2.RollbackModelRequest
-) -> migrations_pb2.MigrationStatus:
-    collection = await coordinator.catalog.find(request.collection)
-    return render_migration(await coordinator.migrations.rollback(collection, request.vector))
-
-
-@_of_collection
-async def _drop(
-    coordinator: Coordinator, request: migrations_pb2.DropModelRequest
-) -> migrations_pb2.MigrationStatus:
-    collection = await coordinator.catalog.find(request.collection)
-    wanted = parse.drop_of(request)
-    return render_migration(await coordinator.migrations.drop(collection, request.vector, wanted))
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -276,8 +245,10 @@ def _writes(request: type[Message], read: Callable[[Any, VectorFields], AnyWrite
 
 
 def _migrates(
-    request: type[Message], function: Callable[[Coordinator, Any], Awaitable[Message]]
+    request: type[Message],
+    ask: Callable[[Migrations, Collection, Any], Awaitable[MigrationStatus]],
 ) -> UnaryCall:
+    function = _of_collection(partial(_migrate, ask))
     return UnaryCall(request, function, writes=True, bytes_max=CONFIG_BYTES_MAX)
 
 
@@ -291,13 +262,32 @@ CALLS: dict[str, UnaryCall] = {
         collections_pb2.DeleteCollectionRequest, _delete_collection, writes=True
     ),
     "shoal.v1.Collections/Exists": UnaryCall(collections_pb2.CollectionExistsRequest, _exists),
-    "shoal.v1.Migrations/Start": _migrates(migrations_pb2.StartMigrationRequest, _start),
-    "shoal.v1.Migrations/Status": UnaryCall(migrations_pb2.MigrationStatusRequest, _status),
+    "shoal.v1.Migrations/Start": _migrates(
+        migrations_pb2.StartMigrationRequest,
+        lambda migrations, of, asked: migrations.start(of, asked.vector, parse.migration_of(asked)),
+    ),
+    "shoal.v1.Migrations/Status": UnaryCall(
+        migrations_pb2.MigrationStatusRequest,
+        _of_collection(
+            partial(_migrate, lambda migrations, of, asked: migrations.status(of, asked.vector))
+        ),
+    ),
     # It changes nothing; it shows what others have asked.
-    "shoal.v1.Migrations/Compare": _migrates(migrations_pb2.CompareModelsRequest, _compare),
-    "shoal.v1.Migrations/Switch": _migrates(migrations_pb2.SwitchModelRequest, _switch),
-    "shoal.v1.Migrations/Rollback": _migrates(migrations_pb2.RollbackModelRequest, _rollback),
-    "shoal.v1.Migrations/Drop": _migrates(migrations_pb2.DropModelRequest, _drop),
+    "shoal.v1.Migrations/Compare": UnaryCall(
+        migrations_pb2.CompareModelsRequest, _compare, writes=True, bytes_max=CONFIG_BYTES_MAX
+    ),
+    "shoal.v1.Migrations/Switch": _migrates(
+        migrations_pb2.SwitchModelRequest,
+        lambda migrations, of, asked: migrations.switch(of, asked.vector, parse.switch_of(asked)),
+    ),
+    "shoal.v1.Migrations/Rollback": _migrates(
+        migrations_pb2.RollbackModelRequest,
+        lambda migrations, of, asked: migrations.rollback(of, asked.vector),
+    ),
+    "shoal.v1.Migrations/Drop": _migrates(
+        migrations_pb2.DropModelRequest,
+        lambda migrations, of, asked: migrations.drop(of, asked.vector, parse.drop_of(asked)),
+    ),
     "shoal.v1.Points/Search": UnaryCall(points_pb2.SearchRequest, search),
     "shoal.v1.Points/SearchBatch": UnaryCall(points_pb2.SearchBatchRequest, _search_batch),
     "shoal.v1.Points/Scroll": UnaryCall(points_pb2.ScrollRequest, _scroll),
