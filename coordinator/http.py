@@ -24,7 +24,7 @@ from coordinator.metrics import Metrics
 from coordinator.render import render_error, render_result
 from coordinator.routing import ShardGone
 from coordinator.service import Coordinator
-from coordinator.texts import TRUNCATED_HEADER, Truncated, count_truncated
+from coordinator.texts import Truncated, count_truncated
 from shoal.configuration import nearest
 from shoal.errors import (
     BadRequest,
@@ -202,7 +202,7 @@ class Api:
             body = render_result(result, perf_counter() - started)
             headers = call.token_header() if call.written else ()
             if truncated.count:
-                headers += ((TRUNCATED_HEADER.encode(), b"%d" % truncated.count),)
+                headers += ((b"shoal-truncated-texts", b"%d" % truncated.count),)
             return Answer(200, body, headers=headers)
         return result
 

@@ -37,11 +37,9 @@ from shoal.metadata.schema import BoundModel
 from shoal.telemetry import logger
 from shoal.vectors import prepare_rows
 
-__all__ = ["TRUNCATED_HEADER", "Texts", "Truncated", "count_truncated", "second_block"]
+__all__ = ["Texts", "Truncated", "count_truncated", "second_block"]
 
 _log = logger("texts")
-
-TRUNCATED_HEADER = "shoal-truncated-texts"  # of an HTTP answer; over gRPC a field says it
 
 
 @dataclass(slots=True)

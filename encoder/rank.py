@@ -58,7 +58,7 @@ from encoder.reserve import Reserve, is_out_of_memory
 from encoder.server import EncoderServer
 from shoal import telemetry
 from shoal.encoder.v1 import encoder_pb2 as pb
-from shoal.encoder_api import ModelInfo
+from shoal.encoder_api import ModelInfo, closing
 from shoal.errors import ShoalError, StartupError, Unavailable
 from shoal.health_server import HealthServer
 from shoal.metadata.schema import EncoderFacts, NodeRole
@@ -276,8 +276,7 @@ async def serve(process: RoleProcess[EncoderProcess], member: Member, stop_all: 
         broken=lambda error: stop_all(f"the computing thread of rank 0 failed: {error}"),
     )
     stop_all.engine = engine
-    closing = Unavailable("The encoder is closing; send the request again in a moment.")
-    stack.push_async_callback(asyncio.to_thread, engine.close, closing)
+    stack.push_async_callback(asyncio.to_thread, engine.close, closing())
     await process.connect()
     service = EncoderServer(
         engine,

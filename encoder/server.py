@@ -19,8 +19,8 @@ from encoder.batching import Lane
 from encoder.engine import Engine
 from encoder.model import TextTokenizer, TokenizedText
 from shoal.encoder.v1 import encoder_pb2 as pb
-from shoal.encoder_api import ModelInfo, check_texts, resolve_model, wrong_weights
-from shoal.errors import InvariantError, ShoalError, Unavailable
+from shoal.encoder_api import ModelInfo, check_texts, closing, resolve_model, wrong_weights
+from shoal.errors import InvariantError, ShoalError
 from shoal.limits import RPC_IN_FLIGHT_MAX
 from shoal.rpc.channel import NODE_HEADER, node_metadata
 from shoal.rpc.codec import encode_error
@@ -131,7 +131,7 @@ class EncoderServer:
     async def _embedded(self, request: pb.EmbedRequest) -> pb.EmbedReply:
         info = self._info
         if self._finished:
-            raise Unavailable("The encoder is closing; send the request again in a moment.")
+            raise closing()
         resolve_model(request.model, {info.name: info.aliases})
         if request.fingerprint not in ("", info.fingerprint):
             raise wrong_weights(info.name, request.fingerprint, info.fingerprint)

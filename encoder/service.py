@@ -38,6 +38,7 @@ from shoal.encoder_api import (
     Embedding,
     ModelInfo,
     check_texts,
+    closing,
     resolve_model,
     wrong_weights,
 )
@@ -247,7 +248,7 @@ class LocalEncoder:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise Unavailable("The encoder is closing; send the request again in a moment.")
+            raise closing()
 
     def _load(self, name: str) -> None:
         """See to it that it is loaded, soon."""

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.errors import BadRequest
+from shoal.errors import BadRequest, Unavailable
 from shoal.limits import TEXT_BYTES_MAX, TEXTS_PER_REQUEST_MAX
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ModelInfo",
     "Precision",
     "check_texts",
+    "closing",
     "resolve_model",
     "several_weights",
     "wrong_weights",
@@ -168,6 +169,11 @@ def wrong_weights(model: str, wanted: str, *served: str | None) -> BadRequest:
         "cannot be compared: serve the model with the old weights, or make the collection anew with "
         "the new ones"
     )
+
+
+def closing() -> Unavailable:
+    """An encoder ends: for whoever waits for it, and whoever comes later."""
+    return Unavailable("The encoder is closing; send the request again in a moment.")
 
 
 def several_weights(model: str, served: Iterable[str]) -> BadRequest:

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -301,26 +302,37 @@ def test_a_checkpoint_of_one_layout_goes_on_on_another(world, straight, tmp_path
     assert difference < 2e-3
 
 
-def launched(world: tuple[Path, Path], out: Path, fault: str) -> tuple[int, str]:
-    """The command over two processes, with a fault of tests/encoder/training_that_crashes.py: exit
-    status and all that it said."""
-    settings = settings_for(world, out, dp=2, max_restarts=1)
-    flags = settings.flags(without=["model", "pairs"])
-    flags += ["--model", str(settings.model), "--pairs", str(settings.pairs)]
+def flags_of(settings: TrainSettings) -> list[str]:
+    given = settings.flags(without=["model", "pairs"])
+    return [*given, "--model", str(settings.model), "--pairs", str(settings.pairs)]
+
+
+@contextlib.contextmanager
+def started(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """`python ARGUMENTS` in a process group of its own, which is gone afterwards."""
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("training_that_crashes.py")), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRAINING_FAULT": fault},
+        [sys.executable, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables,
         stderr=subprocess.STDOUT,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=400)
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def launched(world: tuple[Path, Path], out: Path, fault: str) -> tuple[int, str]:
+    """The command over two processes, with a fault of tests/encoder/training_that_crashes.py: exit
+    status and all that it said."""
+    flags = flags_of(settings_for(world, out, dp=2, max_restarts=1))
+    program = str(Path(__file__).with_name("training_that_crashes.py"))
+    with started(program, *flags, TRAINING_FAULT=fault) as process:
+        output, _ = process.communicate(timeout=400)
     print(output[-3000:], file=sys.stderr)
     return process.returncode, output
 
@@ -363,29 +375,13 @@ def test_what_cannot_help_is_not_tried_again(world, straight, tmp_path):
 @pytest.mark.slow
 def test_two_agents_as_on_two_machines(world, straight, tmp_path):
     """Each starts one of the two processes, and reads its part of the disk that they share."""
-    settings = settings_for(world, tmp_path, dp=2)
-    flags = settings.flags(without=["model", "pairs"])
-    flags += ["--model", str(settings.model), "--pairs", str(settings.pairs)]
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "run", "--rdzv-backend", "c10d"]
     meet += ["--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}"]
-    agents = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "encoder.train", *flags],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.STDOUT,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for _ in range(2)
-    ]
-    try:
-        said = [agent.communicate(timeout=300)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(agent.pid, signal.SIGKILL)
-            agent.wait()
+    flags = flags_of(settings_for(world, tmp_path, dp=2))
+    agent = ["-m", "torch.distributed.run", *meet, "-m", "encoder.train", *flags]
+    with started(*agent) as one, started(*agent) as other:
+        agents = (one, other)
+        said = [each.communicate(timeout=300)[0] for each in agents]
     print(*said, sep="\n", file=sys.stderr)
     assert [agent.returncode for agent in agents] == [0, 0]
     ours, theirs = losses(tmp_path), losses(straight)
