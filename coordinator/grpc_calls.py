@@ -1,4 +1,4 @@
-"""One function per RPC of proto/shoal/v1: a coordinator and a message in, a message out.
+"""What each RPC of proto/shoal/v1 does: a coordinator and a message in, a message out.
 
 The streams are not here, only what one item of theirs asks for; see coordinator/grpc_api.py.
 """
